@@ -1,0 +1,92 @@
+#ifndef PRISMAQUANT_IO_CHECKPOINT_H_
+#define PRISMAQUANT_IO_CHECKPOINT_H_
+
+// Checkpoint: a Hugging Face model folder, opened read-only: config.json and every tensor of its single file or of
+// the shards that its index lists. Opening checks headers and index (each listed file exists and lies in the folder,
+// each listed tensor is in its file, none is in two) but reads no weights. Immutable and thread-safe.
+//
+// CheckpointWriter: writes such a folder shard by shard into a temporary sibling folder that is synced and renamed at
+// the end, so that a reader never sees half a checkpoint. The bytes written depend on the plan alone.
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/json.h"
+#include "base/status.h"
+#include "io/safetensors.h"
+
+namespace prismaquant {
+
+class Checkpoint {
+ public:
+  // Fails with kInvalidInput if the folder, its config.json or its weights are missing or malformed.
+  static Result<Checkpoint> Open(const std::filesystem::path& folder);
+
+  const std::filesystem::path& folder() const { return folder_; }
+  const Json& config() const { return config_; }
+  // All tensor names in file order.
+  const std::vector<std::string>& names() const { return names_; }
+  // Null if absent.
+  const TensorView* Find(const std::string& name) const;
+  // Fails naming folder and tensor.
+  Result<TensorView> Get(const std::string& name) const;
+  // Read-ahead for the named tensors; unknown names are ignored.
+  void WillNeed(const std::vector<std::string>& names) const;
+  void DontNeed(const std::vector<std::string>& names) const;
+  // Bytes of all its *.safetensors files, headers included.
+  int64_t file_bytes() const { return file_bytes_; }
+  // Number of elements of all tensors.
+  int64_t parameters() const { return parameters_; }
+  // Hex SHA-256 over config.json, tokenizer.json (if any), every header and a sample of every file's data: two
+  // checkpoints with the same fingerprint are the same for all that the run store cares about.
+  Result<std::string> Fingerprint() const;
+
+ private:
+  Checkpoint() = default;
+  std::filesystem::path folder_;
+  Json config_;
+  std::vector<std::shared_ptr<const SafetensorsFile>> files_;
+  std::vector<std::string> names_;
+  std::map<std::string, const TensorView*> index_;
+  std::map<std::string, const SafetensorsFile*> file_of_;
+  int64_t file_bytes_ = 0;
+  int64_t parameters_ = 0;
+};
+
+// Refuses a checkpoint that is already quantized, naming its scheme.
+Status RequireUnquantized(const Checkpoint& checkpoint);
+
+class CheckpointWriter {
+ public:
+  struct Options {
+    int64_t shard_bytes = 5'000'000'000;  // a shard ends before the tensor that would pass this
+    bool overwrite = false;               // replace an existing `out`
+  };
+  // Hands the bytes of one tensor to the writer, in one or several pieces.
+  using Sink = std::function<Status(std::span<const std::byte>)>;
+  using Source = std::function<Status(const Sink&)>;
+  struct Tensor {
+    TensorSpec spec;
+    Source write;  // called once, in plan order
+  };
+
+  // Writes tensors (in the given order, cut into shards), an index if there is more than one shard, and
+  // `files` (name -> contents); finishes by renaming the temporary folder to `out`. On any failure the temporary
+  // folder is removed and `out` is as it was. Existing `out` without overwrite is kInvalidInput.
+  static Status Write(FileSystem& fs, const std::filesystem::path& out, const Options& options,
+                      const std::vector<Tensor>& tensors,
+                      const std::map<std::string, std::string>& files);
+};
+
+// The files that are copied unchanged from a source checkpoint (tokenizer, processor, chat template, generation
+// settings, licence): name -> contents. config.json and README.md are not among them.
+Result<std::map<std::string, std::string>> PassthroughFiles(const std::filesystem::path& folder);
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_IO_CHECKPOINT_H_

@@ -1,0 +1,49 @@
+#ifndef PRISMAQUANT_MODEL_CONFIG_H_
+#define PRISMAQUANT_MODEL_CONFIG_H_
+
+// ModelConfig: what config.json says about the text body, checked and in one spelling for all families. Old and new key
+// spellings (rope_theta / rope_scaling and rope_parameters) are read alike. A plain value.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/json.h"
+#include "base/status.h"
+
+namespace prismaquant {
+
+// Llama 3.1's frequency scaling (qualitatively: long wavelengths are divided by `factor`).
+struct Llama3RopeScaling {
+  double factor = 1, low_freq_factor = 1, high_freq_factor = 4;
+  int64_t original_max_position = 8192;
+};
+
+enum class LayerKind { kFullAttention, kLinearAttention };
+
+struct ModelConfig {
+  std::string architecture;  // config.json "architectures"[0]
+  std::string model_type;    // of the text body: "llama", "qwen3", "qwen3_5_text"
+  std::string body_prefix;   // "model." or "model.language_model."
+  int64_t vocab_size = 0, hidden_size = 0, num_layers = 0, intermediate_size = 0;
+  int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  double rms_norm_eps = 1e-6;
+  bool attention_bias = false;  // on q, k, v, o
+  bool mlp_bias = false;
+  bool tied_head = false;
+  double rope_theta = 10000;
+  int64_t rotary_dim = 0;  // <= head_dim
+  std::optional<Llama3RopeScaling> rope_scaling;
+  std::vector<LayerKind> layers;
+  // Gated DeltaNet
+  int64_t linear_key_heads = 0, linear_value_heads = 0, linear_key_dim = 0, linear_value_dim = 0,
+          linear_conv_kernel = 0;
+
+  // `origin` names the file in errors. An unknown architecture is kInvalidInput and lists the known ones.
+  static Result<ModelConfig> Parse(const Json& config, const std::string& origin);
+};
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_MODEL_CONFIG_H_
