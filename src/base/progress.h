@@ -1,0 +1,54 @@
+#ifndef PRISMAQUANT_BASE_PROGRESS_H_
+#define PRISMAQUANT_BASE_PROGRESS_H_
+
+// Progress: a line on standard error with rate and time left for a stage of known length. On a terminal the line is
+// redrawn; elsewhere a plain line appears now and then. StageTimes: how long each stage took and the arithmetic it
+// did, for the final table. Both belong to one thread.
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace prismaquant {
+
+class Progress {
+ public:
+  // `total` steps named `unit` ("layers").
+  Progress(std::string title, int64_t total, std::string unit);
+  ~Progress();
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  // `done` of `total` steps are finished. Steps that were already finished at the start (a resumed run) are told once
+  // with Skip and do not count into the rate.
+  void Skip(int64_t steps);
+  void Advance(int64_t steps = 1);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  void Draw(bool last);
+
+  std::string title_, unit_;
+  int64_t total_, done_ = 0, skipped_ = 0;
+  bool terminal_;
+  Clock::time_point start_, drawn_;
+};
+
+struct StageTime {
+  std::string stage;
+  double seconds = 0;
+  double flops = 0;  // multiply-adds count two; 0 if not counted
+  double bytes = 0;  // read from or written to storage
+};
+
+// Largest resident set of this process so far, in bytes.
+int64_t PeakMemoryBytes();
+// "3 min 12 s", "0.4 s"
+std::string FormatSeconds(double seconds);
+// "1.23 GB" with powers of ten
+std::string FormatBytes(int64_t bytes);
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_BASE_PROGRESS_H_

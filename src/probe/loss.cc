@@ -1,0 +1,62 @@
+#include "probe/loss.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+
+namespace prismaquant {
+namespace {
+
+// Logits of one block hold at most this many float32 elements.
+constexpr int64_t kBlockElements = 8'000'000;
+
+uint64_t SplitMix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ULL;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+  return x ^ (x >> 31);
+}
+
+// One token per row of log_probs [positions, vocabulary], by inversion of the cumulative distribution.
+at::Tensor SampleLabels(const at::Tensor& log_probs, int64_t first, int64_t sequence, uint64_t seed) {
+  const int64_t positions = log_probs.size(0);
+  at::Tensor uniform = at::empty({positions, 1}, at::kDouble);
+  for (int64_t i = 0; i < positions; ++i) {
+    uniform.data_ptr<double>()[i] = UniformAt(seed, sequence, first + i);
+  }
+  const at::Tensor cumulative = log_probs.to(at::kDouble).exp().cumsum(-1);
+  const at::Tensor threshold = uniform * cumulative.select(-1, -1).unsqueeze(-1);
+  return cumulative.le(threshold).sum(-1).clamp_max(log_probs.size(-1) - 1);
+}
+
+}  // namespace
+
+double UniformAt(uint64_t seed, uint64_t sequence, uint64_t position) {
+  const uint64_t bits = SplitMix64(SplitMix64(SplitMix64(seed) ^ sequence) ^ position);
+  return static_cast<double>(bits >> 11) * 0x1.0p-53;
+}
+
+SequenceLoss LossAndGradient(const OutputHead& head, const at::Tensor& hidden,
+                             const std::vector<int32_t>& ids, int64_t sequence,
+                             const ProbeOptions& options) {
+  const auto tokens = static_cast<int64_t>(ids.size());
+  const at::Tensor targets = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()));
+  const int64_t positions = options.labels == LabelRule::kData ? tokens - 1 : tokens;
+  SequenceLoss result{.gradient = at::zeros_like(hidden), .loss = 0};
+  int64_t block = 32;
+  for (int64_t first = 0; first < positions; first += block) {
+    const int64_t count = std::min(block, positions - first);
+    const at::Tensor x = hidden.narrow(0, first, count).detach().requires_grad_(true);
+    const at::Tensor log_probs = at::log_softmax(head.Logits(x).to(at::kFloat), -1);
+    const at::Tensor labels = options.labels == LabelRule::kData
+                                  ? targets.narrow(0, first + 1, count)
+                                  : SampleLabels(log_probs.detach(), first, sequence, options.seed);
+    const at::Tensor loss = -log_probs.gather(1, labels.unsqueeze(1)).sum();
+    result.gradient.narrow(0, first, count).copy_(torch::autograd::grad({loss}, {x})[0]);
+    result.loss += loss.item<double>();
+    block = std::clamp<int64_t>(kBlockElements / log_probs.size(-1), 1, 256);
+  }
+  return result;
+}
+
+}  // namespace prismaquant

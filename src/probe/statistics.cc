@@ -1,0 +1,89 @@
+#include "probe/statistics.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+
+namespace prismaquant {
+namespace {
+
+// Products are summed along rows in float32 (pairwise, by ATen) and the row sums in float64.
+double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
+  return (a * b).sum(-1).sum(at::kDouble).item<double>();
+}
+
+}  // namespace
+
+const ActivationErrors::Entry& ActivationErrors::For(const at::Tensor& x, const SharedScales& scales,
+                                                     std::span<const Format* const> formats) {
+  if (source_.defined() && source_.is_same(x)) return entry_;
+  if (source_.defined() && source_.const_data_ptr() == x.const_data_ptr() &&
+      source_.sizes() == x.sizes()) {
+    return entry_;
+  }
+  source_ = x;
+  entry_.x = x.to(at::kFloat);
+  entry_.errors.clear();
+  for (const Format* format : formats) {
+    entry_.errors.push_back(format->quantizes_activations()
+                                ? format->QuantizeActivation(entry_.x, scales) - entry_.x
+                                : at::Tensor());
+  }
+  return entry_;
+}
+
+LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& weight,
+                                   const SharedScales& scales)
+    : scales_(scales) {
+  stats_.name = linear.name;
+  stats_.layer = linear.layer;
+  const at::Tensor weight_f32 = weight.to(at::kFloat);
+  stats_.weight_amax = weight_f32.abs().max().item<double>();
+  stats_.input_amax = scales.input_amax;
+  if (!linear.allocatable) return;
+  for (const Format* format : AllFormats()) {
+    if (!format->Supports(linear.out, linear.in)) continue;
+    formats_.push_back(format);
+    costs_.push_back({.linear = linear.name, .format = std::string(format->name()), .weight_mse = 0, .directional = {}});
+    if (format == &SourceFormat()) {
+      weight_errors_.emplace_back();
+      continue;
+    }
+    const at::Tensor error = format->Decode(format->Encode(weight_f32, scales, linear.dtype)) - weight_f32;
+    costs_.back().weight_mse =
+        InnerProduct(error, error) / static_cast<double>(weight_f32.numel());
+    weight_errors_.push_back(error);
+  }
+}
+
+void LinearStatistics::AddSequence(const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx,
+                                   ActivationErrors& activations) {
+  const ActivationErrors::Entry& input = activations.For(x, scales_, AllFormats());
+  const at::Tensor g_f32 = g.to(at::kFloat);
+  const at::Tensor grad_squares = g_f32.square().sum(-1);
+  token_weights_.push_back(grad_squares);
+  stats_.tokens += g.size(0);
+  stats_.grad_square += grad_squares.sum(at::kDouble).item<double>();
+  stats_.fisher_trace +=
+      (grad_squares * input.x.square().sum(-1)).sum(at::kDouble).item<double>();
+  if (formats_.empty()) return;
+
+  const at::Tensor weight_gradient = at::matmul(g_f32.t(), input.x);
+  const at::Tensor dx_f32 = dx.to(at::kFloat);
+  const auto all = AllFormats();
+  for (size_t i = 0; i < formats_.size(); ++i) {
+    double s = 0;
+    if (weight_errors_[i].defined()) s += InnerProduct(weight_gradient, weight_errors_[i]);
+    const size_t position = std::find(all.begin(), all.end(), formats_[i]) - all.begin();
+    if (input.errors[position].defined()) s += InnerProduct(dx_f32, input.errors[position]);
+    costs_[i].directional.push_back(s);
+  }
+}
+
+LinearStats LinearStatistics::Stats() const { return stats_; }
+
+std::vector<LinearCost> LinearStatistics::Costs() const { return costs_; }
+
+at::Tensor LinearStatistics::TokenWeights() const { return at::cat(token_weights_); }
+
+}  // namespace prismaquant
