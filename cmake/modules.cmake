@@ -1,7 +1,9 @@
 # prismaquant_module(NAME [TORCH] [DEPENDS module...] [LIBRARIES target...] [SOURCES_FROM folder])
 # builds src/NAME/*.cc as the static library pq_NAME and src/NAME/*_test.cc as the test pq_NAME_test.
 # Modules with TORCH share one precompiled header of libtorch.
-set(PRISMAQUANT_WARNINGS -Wall -Wextra -Wpedantic -Wshadow -Werror -ffp-contract=off)
+# GCC 12 reports -Wrestrict inside std::string concatenation (GCC bug 105651).
+set(PRISMAQUANT_WARNINGS -Wall -Wextra -Wpedantic -Wshadow -Werror $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict>
+    -ffp-contract=off)
 
 function(prismaquant_torch_pch)
   file(WRITE ${CMAKE_BINARY_DIR}/torch_pch.cc "")

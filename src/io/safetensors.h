@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -61,6 +62,10 @@ struct TensorSpec {
 
   int64_t bytes() const;
 };
+
+// The first bytes of a file that holds `specs` in this order: length, JSON, padding to a multiple of 8.
+std::string SafetensorsHeader(const std::vector<TensorSpec>& specs,
+                              const std::map<std::string, std::string>& metadata);
 
 // Writes one safetensors file tensor by tensor: the header is fixed at Create, each Append supplies the bytes of the
 // next tensor in the order of `specs`, in one or several pieces.
