@@ -15,7 +15,7 @@ find_package(Torch REQUIRED)
 # every translation unit on the one system fmt that is linked.
 add_library(pq_torch INTERFACE)
 get_target_property(torch_includes torch INTERFACE_INCLUDE_DIRECTORIES)
-foreach(target torch torch_library)
+foreach(target torch torch_cpu torch_cuda c10 c10_cuda torch_library torch_cpu_library caffe2::mkl)
   if(TARGET ${target})
     set_target_properties(${target} PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "" INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "")
   endif()

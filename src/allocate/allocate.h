@@ -29,13 +29,13 @@ struct Allocation {
   std::vector<int> choice;   // per unit, index into Unit::choices
   int64_t bytes = 0;         // <= budget
   double cost = 0;           // sum of chosen costs
-  double lower_bound = 0;    // no allocation within the budget costs less
+  double lower_bound = 0;    // no allocation within the budget costs less; equals cost when that is proven
   double gap() const { return cost - lower_bound; }
   int64_t slack = 0;         // budget - bytes; no single lower-cost choice fits into it
   double price = 0;          // nats per byte: the multiplier of the budget in the linear relaxation
 };
 
-// Least cost within `budget` bytes; ties go to fewer bytes. A budget below the smallest sum of bytes is kUnmet and says
+// Least cost within `budget` bytes, the same for the same arguments. A budget below the smallest sum of bytes is kUnmet and says
 // that sum.
 Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget);
 

@@ -71,6 +71,11 @@ class Format {
   virtual Json Scheme() const = 0;
 };
 
+// Whether the tensors are what Layout says, with values that a reader can decode: no NaN codes, no negative group scale, finite
+// positive global scales. The error names the tensor's suffix, what was found and what was expected.
+Status CheckStored(const Format& format, const StoredTensors& stored, int64_t out, int64_t in,
+                   DType source);
+
 // Null if there is no such format.
 const Format* FindFormat(std::string_view name);
 // All formats, smallest bits first.

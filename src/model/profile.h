@@ -27,6 +27,8 @@ struct Profile {
   std::vector<FusedSet> fused;
   std::vector<std::string_view> unquantized;     // leaf names of body Linears that stay in the source's dtype
   std::vector<PrefixRename> vllm_names;          // checkpoint prefix -> vLLM prefix, first match wins
+  // checkpoint prefix -> prefix in transformers' text-only class, where that class renames modules
+  std::vector<PrefixRename> text_names = {};
 };
 
 // Null if no profile lists the architecture.

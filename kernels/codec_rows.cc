@@ -1,0 +1,119 @@
+#include "kernels/codec_rows.h"
+
+#include <limits>
+
+#include "kernels/minifloat.h"
+
+namespace prismaquant::rows {
+namespace {
+
+// What compressed-tensors puts in place of a group scale that rounds to zero.
+constexpr float kNvfp4ZeroScale = 0.125F;
+constexpr float kFp8ZeroScale = std::numeric_limits<float>::epsilon();
+
+// The group scale as stored, an E4M3 value.
+PQ_INLINE float Nvfp4GroupScale(const float* group, float global_scale) {
+  const float scale = RoundToE4M3(global_scale * (LargestMagnitude(group, kNvfp4GroupSize) / kE2M1Max));
+  return scale == 0.0F ? kNvfp4ZeroScale : scale;
+}
+
+// Adding zero turns -0 into +0, as the zero point of compressed-tensors' dynamic quantizer does.
+PQ_INLINE float WithoutNegativeZero(float x) { return x + 0.0F; }
+
+}  // namespace
+
+PQ_MULTIVERSION
+void Nvfp4Encode(const float* w, int64_t in, float global_scale, uint8_t* packed, uint8_t* scale) {
+  for (int64_t g = 0; g < in / kNvfp4GroupSize; ++g) {
+    const float* group = w + g * kNvfp4GroupSize;
+    const float stored = Nvfp4GroupScale(group, global_scale);
+    const float effective = stored / global_scale;
+    scale[g] = EncodeE4M3(stored);
+    uint8_t codes[kNvfp4GroupSize];
+    for (int64_t i = 0; i < kNvfp4GroupSize; ++i) codes[i] = EncodeE2M1(RoundToE2M1(group[i] / effective));
+    for (int64_t i = 0; i < kNvfp4GroupSize / 2; ++i) {
+      packed[g * kNvfp4GroupSize / 2 + i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+    }
+  }
+}
+
+PQ_MULTIVERSION
+void Nvfp4Decode(const uint8_t* packed, const uint8_t* scale, int64_t in, float global_scale, float* w) {
+  for (int64_t g = 0; g < in / kNvfp4GroupSize; ++g) {
+    const float effective = DecodeE4M3(scale[g]) / global_scale;
+    for (int64_t i = 0; i < kNvfp4GroupSize / 2; ++i) {
+      const uint8_t byte = packed[g * kNvfp4GroupSize / 2 + i];
+      float* pair = w + g * kNvfp4GroupSize + 2 * i;
+      pair[0] = DecodeE2M1(byte & 15) * effective;
+      pair[1] = DecodeE2M1(byte >> 4) * effective;
+    }
+  }
+}
+
+PQ_MULTIVERSION
+void Nvfp4Quantize(const float* x, int64_t in, float global_scale, float* y) {
+  for (int64_t g = 0; g < in / kNvfp4GroupSize; ++g) {
+    const float* group = x + g * kNvfp4GroupSize;
+    const float effective = Nvfp4GroupScale(group, global_scale) / global_scale;
+    for (int64_t i = 0; i < kNvfp4GroupSize; ++i) {
+      y[g * kNvfp4GroupSize + i] = RoundToE2M1(WithoutNegativeZero(group[i] / effective)) * effective;
+    }
+  }
+}
+
+PQ_MULTIVERSION
+void Mxfp8Encode(const float* w, int64_t in, uint8_t* codes, uint8_t* scale) {
+  for (int64_t g = 0; g < in / kMxGroupSize; ++g) {
+    const float* group = w + g * kMxGroupSize;
+    scale[g] = Mxfp8ScaleCode(LargestMagnitude(group, kMxGroupSize));
+    const float effective = DecodeE8M0(scale[g]);
+    for (int64_t i = 0; i < kMxGroupSize; ++i) {
+      codes[g * kMxGroupSize + i] = EncodeE4M3(RoundToE4M3(group[i] / effective));
+    }
+  }
+}
+
+PQ_MULTIVERSION
+void Mxfp8Decode(const uint8_t* codes, const uint8_t* scale, int64_t in, float* w) {
+  for (int64_t g = 0; g < in / kMxGroupSize; ++g) {
+    const float effective = DecodeE8M0(scale[g]);
+    for (int64_t i = 0; i < kMxGroupSize; ++i) {
+      w[g * kMxGroupSize + i] = DecodeE4M3(codes[g * kMxGroupSize + i]) * effective;
+    }
+  }
+}
+
+PQ_MULTIVERSION
+void Mxfp8Quantize(const float* x, int64_t in, float* y) {
+  for (int64_t g = 0; g < in / kMxGroupSize; ++g) {
+    const float* group = x + g * kMxGroupSize;
+    const float effective = DecodeE8M0(Mxfp8ScaleCode(LargestMagnitude(group, kMxGroupSize)));
+    for (int64_t i = 0; i < kMxGroupSize; ++i) {
+      y[g * kMxGroupSize + i] = RoundToE4M3(WithoutNegativeZero(group[i] / effective)) * effective;
+    }
+  }
+}
+
+PQ_MULTIVERSION
+float Fp8Scale(const float* w, int64_t in) {
+  const float scale = LargestMagnitude(w, in) / kE4M3Max;
+  return scale == 0.0F ? kFp8ZeroScale : scale;
+}
+
+PQ_MULTIVERSION
+void Fp8Encode(const float* w, int64_t in, float scale, uint8_t* codes) {
+  for (int64_t i = 0; i < in; ++i) codes[i] = EncodeE4M3(RoundToE4M3(w[i] / scale));
+}
+
+PQ_MULTIVERSION
+void Fp8Decode(const uint8_t* codes, int64_t in, float scale, float* w) {
+  for (int64_t i = 0; i < in; ++i) w[i] = DecodeE4M3(codes[i]) * scale;
+}
+
+PQ_MULTIVERSION
+void Fp8Quantize(const float* x, int64_t in, float* y) {
+  const float scale = Fp8Scale(x, in);
+  for (int64_t i = 0; i < in; ++i) y[i] = RoundToE4M3(WithoutNegativeZero(x[i] / scale)) * scale;
+}
+
+}  // namespace prismaquant::rows

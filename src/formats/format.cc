@@ -1,0 +1,142 @@
+#include "formats/format.h"
+
+#include <fmt/format.h>
+#include <torch/torch.h>
+
+#include <array>
+#include <set>
+
+#include "formats/families.h"
+
+namespace prismaquant {
+namespace {
+
+struct TypePair {
+  DType dtype;
+  at::ScalarType type;
+};
+
+constexpr std::array<TypePair, 15> kTypes = {{
+    {DType::kBool, at::kBool},     {DType::kU8, at::kByte},         {DType::kI8, at::kChar},
+    {DType::kF8E4M3, at::kFloat8_e4m3fn}, {DType::kF8E5M2, at::kFloat8_e5m2}, {DType::kU16, at::kUInt16},
+    {DType::kI16, at::kShort},     {DType::kF16, at::kHalf},        {DType::kBF16, at::kBFloat16},
+    {DType::kU32, at::kUInt32},    {DType::kI32, at::kInt},         {DType::kF32, at::kFloat},
+    {DType::kI64, at::kLong},      {DType::kF64, at::kDouble},      {DType::kU64, at::kUInt64},
+}};
+
+std::string ShapeText(at::IntArrayRef shape) { return fmt::format("[{}]", fmt::join(shape.begin(), shape.end(), ", ")); }
+
+Status CheckValues(const std::string& suffix, const at::Tensor& tensor) {
+  const auto bad = [&](const std::string& what) { return Status::InvalidInput(suffix + " " + what); };
+  if (suffix == "weight_global_scale" || suffix == "input_global_scale") {
+    if (!(tensor > 0).all().item<bool>() || !tensor.isfinite().all().item<bool>()) {
+      return bad("is not finite and positive");
+    }
+    return {};
+  }
+  if (tensor.scalar_type() == at::kFloat8_e4m3fn) {
+    const at::Tensor bytes = tensor.view(at::kByte);
+    if ((bytes.bitwise_and(0x7f) == 0x7f).any().item<bool>()) return bad("holds a NaN code (0x7f)");
+    if (suffix == "weight_scale" && (bytes >= 0x80).any().item<bool>()) return bad("holds a negative scale");
+    return {};
+  }
+  if (suffix == "weight_scale" && tensor.scalar_type() == at::kByte) {
+    if ((tensor == 255).any().item<bool>()) return bad("holds the NaN scale 255");
+    return {};
+  }
+  if (tensor.is_floating_point() && !tensor.isfinite().all().item<bool>()) return bad("is not finite");
+  return {};
+}
+
+}  // namespace
+
+int64_t Format::Bytes(int64_t out, int64_t in, DType source) const {
+  int64_t bytes = 0;
+  for (const TensorSpec& spec : Layout(out, in, source)) bytes += spec.bytes();
+  return bytes;
+}
+
+Status CheckStored(const Format& format, const StoredTensors& stored, int64_t out, int64_t in, DType source) {
+  const std::vector<TensorSpec> layout = format.Layout(out, in, source);
+  for (const TensorSpec& spec : layout) {
+    const auto found = stored.find(spec.name);
+    if (found == stored.end()) {
+      return Status::InvalidInput(fmt::format("{} is missing, {} needs it", spec.name, format.name()));
+    }
+    const at::Tensor& tensor = found->second;
+    if (tensor.sizes() != at::IntArrayRef(spec.shape) || FromScalarType(tensor.scalar_type()) != spec.dtype) {
+      return Status::InvalidInput(fmt::format("{} is {} {}, expected {} {} for {}", spec.name,
+                                              DTypeName(FromScalarType(tensor.scalar_type())),
+                                              ShapeText(tensor.sizes()), DTypeName(spec.dtype),
+                                              ShapeText(spec.shape), format.name()));
+    }
+    PQ_RETURN_IF_ERROR(CheckValues(spec.name, tensor));
+  }
+  if (stored.size() != layout.size()) {
+    return Status::InvalidInput(fmt::format("{} tensors are stored, {} has {}", stored.size(), format.name(), layout.size()));
+  }
+  return {};
+}
+
+const Format* FindFormat(std::string_view name) {
+  for (const Format* format : AllFormats()) {
+    if (format->name() == name) return format;
+  }
+  return nullptr;
+}
+
+std::span<const Format* const> AllFormats() {
+  static const std::array<const Format*, 4> formats = {&Nvfp4Format(), &Fp8Format(), &Mxfp8Format(), &SourceFormat()};
+  return formats;
+}
+
+const Format* DetectFormat(const StoredTensors& stored) {
+  const auto type = [&](const char* suffix) -> std::optional<at::ScalarType> {
+    const auto found = stored.find(suffix);
+    return found == stored.end() ? std::nullopt : std::optional(found->second.scalar_type());
+  };
+  if (type("weight_packed") == at::kByte && type("weight_global_scale")) return &Nvfp4Format();
+  if (type("weight") == at::kFloat8_e4m3fn && type("weight_scale") == at::kByte) return &Mxfp8Format();
+  if (type("weight") == at::kFloat8_e4m3fn && type("weight_scale")) return &Fp8Format();
+  if (stored.size() == 1 && type("weight") && c10::isFloatingType(*type("weight")) &&
+      c10::elementSize(*type("weight")) > 1) {
+    return &SourceFormat();
+  }
+  return nullptr;
+}
+
+at::Tensor TensorFromView(const TensorView& view) {
+  return at::from_blob(const_cast<std::byte*>(view.bytes.data()), view.shape,
+                       at::TensorOptions().dtype(ToScalarType(view.dtype)));
+}
+
+at::ScalarType ToScalarType(DType dtype) {
+  for (const TypePair& pair : kTypes) {
+    if (pair.dtype == dtype) return pair.type;
+  }
+  return at::kByte;
+}
+
+DType FromScalarType(at::ScalarType type) {
+  for (const TypePair& pair : kTypes) {
+    if (pair.type == type) return pair.dtype;
+  }
+  return DType::kU8;
+}
+
+Json QuantizationArgs(const SchemeArgs& args) {
+  return {{"num_bits", args.bits},
+          {"type", "float"},
+          {"symmetric", true},
+          {"strategy", args.strategy},
+          {"group_size", args.group_size},
+          {"dynamic", args.dynamic},
+          {"block_structure", nullptr},
+          {"actorder", nullptr},
+          {"scale_dtype", args.scale_dtype},
+          {"zp_dtype", nullptr},
+          {"observer", args.observer},
+          {"observer_kwargs", Json::object()}};
+}
+
+}  // namespace prismaquant

@@ -1,0 +1,23 @@
+#ifndef PRISMAQUANT_MODEL_CHECKPOINT_TENSORS_H_
+#define PRISMAQUANT_MODEL_CHECKPOINT_TENSORS_H_
+
+// Reading single tensors of a checkpoint into libtorch, refused if a value is not finite.
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+#include "base/status.h"
+#include "io/checkpoint.h"
+
+namespace prismaquant::checkpoint_tensors {
+
+// As stored, mapped without copying: valid as long as the checkpoint.
+Result<at::Tensor> Map(const Checkpoint& checkpoint, const std::string& name);
+// Converted; a copy of its own.
+Result<at::Tensor> Load(const Checkpoint& checkpoint, const std::string& name, at::ScalarType dtype,
+                        at::Device device);
+
+}  // namespace prismaquant::checkpoint_tensors
+
+#endif  // PRISMAQUANT_MODEL_CHECKPOINT_TENSORS_H_

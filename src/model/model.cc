@@ -1,0 +1,83 @@
+#include "model/model.h"
+
+#include <fmt/format.h>
+#include <torch/torch.h>
+
+#include "formats/format.h"
+#include "model/blocks.h"
+#include "model/checkpoint_tensors.h"
+#include "model/transformer.h"
+
+namespace prismaquant {
+namespace {
+
+std::unique_ptr<TransformerModel> MakeFamily(std::string_view family) {
+  if (family == "llama") return MakeLlama();
+  if (family == "qwen3") return MakeQwen3();
+  return MakeQwen35();
+}
+
+}  // namespace
+
+at::Tensor RunLayer(const DecoderLayer& layer, const SequenceContext& context, const at::Tensor& hidden,
+                    LinearRunner& linears) {
+  LayerState state{.hidden = hidden, .held = {}};
+  for (int s = 0; s < layer.num_stages(); ++s) {
+    const at::Tensor x = layer.StageInput(s, context, state);
+    std::vector<at::Tensor> outputs;
+    for (const LinearInfo& linear : layer.stage(s)) outputs.push_back(linears.Apply(linear, x));
+    layer.StageOutput(s, context, std::move(outputs), state);
+  }
+  return state.hidden;
+}
+
+Result<std::unique_ptr<Model>> Model::Open(const Checkpoint& checkpoint) {
+  PQ_ASSIGN_OR_RETURN(ModelConfig config,
+                      ModelConfig::Parse(checkpoint.config(), (checkpoint.folder() / "config.json").string()));
+  const Profile* profile = FindProfile(config.architecture);
+  std::unique_ptr<TransformerModel> model = MakeFamily(profile->family);
+  PQ_RETURN_IF_ERROR(model->Initialize(checkpoint, std::move(config), *profile));
+  return std::unique_ptr<Model>(std::move(model));
+}
+
+std::vector<LinearInfo> Model::LayerLinears(int layer) const {
+  std::vector<LinearInfo> linears;
+  for (const LinearInfo& linear : linears_) {
+    if (linear.layer == layer) linears.push_back(linear);
+  }
+  return linears;
+}
+
+Result<at::Tensor> Model::Embed(const at::Tensor& ids, const ComputeOptions& options) const {
+  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(config_.body_prefix + "embed_tokens.weight"));
+  if (ids.min().item<int64_t>() < 0 || ids.max().item<int64_t>() >= config_.vocab_size) {
+    return Status::InvalidInput(fmt::format("{}: token id {} is outside the vocabulary of {}",
+                                            checkpoint_->folder().string(), ids.max().item<int64_t>(),
+                                            config_.vocab_size));
+  }
+  return at::embedding(TensorFromView(view), ids).to(options.device, options.dtype);
+}
+
+SequenceContext Model::Context(int64_t tokens, const ComputeOptions& options) const {
+  return RotaryContext(config_, tokens, options);
+}
+
+Result<at::Tensor> Model::LoadWeight(const LinearInfo& linear) const {
+  return checkpoint_tensors::Map(*checkpoint_, linear.name + ".weight");
+}
+
+Result<at::Tensor> Model::LoadBias(const LinearInfo& linear) const {
+  if (!linear.has_bias) return at::Tensor();
+  return checkpoint_tensors::Map(*checkpoint_, linear.name + ".bias");
+}
+
+std::vector<std::string> Model::LayerTensors(int layer) const {
+  const std::string prefix = fmt::format("{}layers.{}.", config_.body_prefix, layer);
+  std::vector<std::string> names;
+  for (const std::string& name : checkpoint_->names()) {
+    if (name.starts_with(prefix)) names.push_back(name);
+  }
+  return names;
+}
+
+}  // namespace prismaquant

@@ -1,0 +1,79 @@
+#include "model/profile.h"
+
+#include <algorithm>
+#include <array>
+
+namespace prismaquant {
+namespace {
+
+const std::vector<FusedSet>& AttentionAndMlp() {
+  static const std::vector<FusedSet> sets = {{"qkv_proj", {"q_proj", "k_proj", "v_proj"}},
+                                             {"gate_up_proj", {"gate_proj", "up_proj"}}};
+  return sets;
+}
+
+std::vector<Profile> MakeProfiles() {
+  std::vector<FusedSet> hybrid = AttentionAndMlp();
+  hybrid.push_back({"in_proj_qkvz", {"in_proj_qkv", "in_proj_z"}});
+  hybrid.push_back({"in_proj_ba", {"in_proj_b", "in_proj_a"}});
+  return {
+      {.family = "llama",
+       .architectures = {"LlamaForCausalLM"},
+       .fused = AttentionAndMlp(),
+       .unquantized = {},
+       .vllm_names = {}},
+      {.family = "qwen3",
+       .architectures = {"Qwen3ForCausalLM"},
+       .fused = AttentionAndMlp(),
+       .unquantized = {},
+       .vllm_names = {}},
+      {.family = "qwen3_5",
+       .architectures = {"Qwen3_5ForConditionalGeneration"},
+       .fused = hybrid,
+       .unquantized = {"in_proj_a", "in_proj_b"},
+       .vllm_names = {{"model.visual.", "visual."},
+                      {"lm_head", "language_model.lm_head"},
+                      {"model.language_model.", "language_model.model."}},
+       .text_names = {{"model.language_model.", "model."}}},
+      {.family = "qwen3_5",
+       .architectures = {"Qwen3_5ForCausalLM"},
+       .fused = hybrid,
+       .unquantized = {"in_proj_a", "in_proj_b"},
+       .vllm_names = {{"model.language_model.", "model."}}},
+  };
+}
+
+}  // namespace
+
+std::span<const Profile> AllProfiles() {
+  static const std::vector<Profile> profiles = MakeProfiles();
+  return profiles;
+}
+
+const Profile* FindProfile(std::string_view architecture) {
+  for (const Profile& profile : AllProfiles()) {
+    const auto& names = profile.architectures;
+    if (std::find(names.begin(), names.end(), architecture) != names.end()) return &profile;
+  }
+  return nullptr;
+}
+
+std::string FusedName(const Profile& profile, const std::string& linear) {
+  const size_t dot = linear.rfind('.');
+  const std::string leaf = linear.substr(dot + 1);
+  for (const FusedSet& set : profile.fused) {
+    if (std::find(set.members.begin(), set.members.end(), leaf) != set.members.end()) {
+      return linear.substr(0, dot + 1) + std::string(set.fused);
+    }
+  }
+  return linear;
+}
+
+std::string VllmName(const Profile& profile, const std::string& module) {
+  for (const PrefixRename& rename : profile.vllm_names) {
+    if (module.starts_with(rename.from)) return std::string(rename.to) + module.substr(rename.from.size());
+  }
+  return module;
+}
+
+}  // namespace prismaquant
