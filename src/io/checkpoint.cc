@@ -44,13 +44,13 @@ std::string ShardName(size_t shard, size_t count) {
 }
 
 // [first, last) tensor of each shard.
-std::vector<std::pair<size_t, size_t>> CutShards(const std::vector<CheckpointWriter::Tensor>& tensors,
+std::vector<std::pair<size_t, size_t>> CutShards(const std::vector<TensorSpec>& specs,
                                                  int64_t shard_bytes) {
   std::vector<std::pair<size_t, size_t>> shards;
   size_t first = 0;
   int64_t bytes = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t size = tensors[i].spec.bytes();
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const int64_t size = specs[i].bytes();
     if (i > first && bytes + size > shard_bytes) {
       shards.emplace_back(first, i);
       first = i;
@@ -58,8 +58,19 @@ std::vector<std::pair<size_t, size_t>> CutShards(const std::vector<CheckpointWri
     }
     bytes += size;
   }
-  shards.emplace_back(first, tensors.size());
+  shards.emplace_back(first, specs.size());
   return shards;
+}
+
+const std::map<std::string, std::string>& ShardMetadata() {
+  static const std::map<std::string, std::string> metadata = {{"format", "pt"}};
+  return metadata;
+}
+
+std::vector<TensorSpec> Specs(const std::vector<CheckpointWriter::Tensor>& tensors) {
+  std::vector<TensorSpec> specs;
+  for (const CheckpointWriter::Tensor& tensor : tensors) specs.push_back(tensor.spec);
+  return specs;
 }
 
 Status WriteTensor(SafetensorsWriter& writer, const CheckpointWriter::Tensor& tensor) {
@@ -86,19 +97,20 @@ Status WriteFolder(FileSystem& fs, const stdfs::path& folder, int64_t shard_byte
                    const std::vector<CheckpointWriter::Tensor>& tensors,
                    const std::map<std::string, std::string>& files) {
   PQ_RETURN_IF_ERROR(fs.CreateDirectories(folder));
-  const auto shards = CutShards(tensors, shard_bytes);
+  const std::vector<TensorSpec> all = Specs(tensors);
+  const auto shards = CutShards(all, shard_bytes);
   Json weight_map = Json::object();
   int64_t total = 0;
   for (size_t s = 0; s < shards.size(); ++s) {
     const std::string name = ShardName(s, shards.size());
-    std::vector<TensorSpec> specs;
-    for (size_t i = shards[s].first; i < shards[s].second; ++i) {
-      specs.push_back(tensors[i].spec);
-      weight_map[tensors[i].spec.name] = name;
-      total += tensors[i].spec.bytes();
+    std::vector<TensorSpec> specs(all.begin() + static_cast<std::ptrdiff_t>(shards[s].first),
+                                  all.begin() + static_cast<std::ptrdiff_t>(shards[s].second));
+    for (const TensorSpec& spec : specs) {
+      weight_map[spec.name] = name;
+      total += spec.bytes();
     }
     PQ_ASSIGN_OR_RETURN(SafetensorsWriter writer,
-                        SafetensorsWriter::Create(fs, folder / name, specs, {{"format", "pt"}}));
+                        SafetensorsWriter::Create(fs, folder / name, std::move(specs), ShardMetadata()));
     for (size_t i = shards[s].first; i < shards[s].second; ++i) {
       PQ_RETURN_IF_ERROR(WriteTensor(writer, tensors[i]));
     }
@@ -276,12 +288,24 @@ Status CheckpointWriter::Write(FileSystem& fs, const stdfs::path& out, const Opt
   const stdfs::path partial = parent / ("." + out.filename().string() + ".partial");
   PQ_RETURN_IF_ERROR(fs.RemoveAll(partial));
   Status status = WriteFolder(fs, partial, options.shard_bytes, tensors, files);
+  if (status.ok() && options.check) status = options.check(partial);
   if (status.ok()) status = Install(fs, partial, out);
   if (!status.ok()) {
     std::error_code ignored;
     stdfs::remove_all(partial, ignored);
   }
   return status;
+}
+
+int64_t CheckpointWriter::FileBytes(const std::vector<TensorSpec>& specs, const Options& options) {
+  int64_t bytes = 0;
+  for (const auto& [first, last] : CutShards(specs, options.shard_bytes)) {
+    const std::vector<TensorSpec> shard(specs.begin() + static_cast<std::ptrdiff_t>(first),
+                                        specs.begin() + static_cast<std::ptrdiff_t>(last));
+    bytes += static_cast<int64_t>(SafetensorsHeader(shard, ShardMetadata()).size());
+    for (const TensorSpec& spec : shard) bytes += spec.bytes();
+  }
+  return bytes;
 }
 
 Result<std::map<std::string, std::string>> PassthroughFiles(const stdfs::path& folder) {

@@ -66,6 +66,8 @@ class CheckpointWriter {
   struct Options {
     int64_t shard_bytes = 5'000'000'000;  // a shard ends before the tensor that would pass this
     bool overwrite = false;               // replace an existing `out`
+    // Called with the finished temporary folder before it is renamed; a failure abandons it.
+    std::function<Status(const std::filesystem::path&)> check = {};
   };
   // Hands the bytes of one tensor to the writer, in one or several pieces.
   using Sink = std::function<Status(std::span<const std::byte>)>;
@@ -81,6 +83,8 @@ class CheckpointWriter {
   static Status Write(FileSystem& fs, const std::filesystem::path& out, const Options& options,
                       const std::vector<Tensor>& tensors,
                       const std::map<std::string, std::string>& files);
+  // The bytes of all *.safetensors that Write would make, headers included.
+  static int64_t FileBytes(const std::vector<TensorSpec>& specs, const Options& options);
 };
 
 // The files that are copied unchanged from a source checkpoint (tokenizer, processor, chat template, generation
