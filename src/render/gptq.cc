@@ -1,0 +1,168 @@
+#include "render/gptq.h"
+
+#include <fmt/format.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/gptq.h"
+#include "kernels/minifloat.h"
+
+namespace prismaquant {
+namespace {
+
+constexpr int64_t kBlockColumns = 128;
+constexpr int64_t kBlockTokens = 4096;
+constexpr int kDampingRetries = 4;
+// Up to this size the factorisation runs in float64.
+constexpr int64_t kLargestFloat64 = 4096;
+
+// The upper Cholesky factor of the inverse of the damped Hessian, float32; undefined if it cannot be had.
+at::Tensor InverseFactor(const at::Tensor& hessian, double damping) {
+  const int64_t n = hessian.size(0);
+  at::Tensor h = hessian.to(n <= kLargestFloat64 ? at::kDouble : at::kFloat).clone();
+  at::Tensor diagonal = h.diagonal();
+  diagonal.masked_fill_(diagonal.le(0), 1.0);
+  const double mean = diagonal.mean().item<double>();
+  for (int attempt = 0; attempt <= kDampingRetries; ++attempt, damping *= 10) {
+    at::Tensor damped = h.clone();
+    damped.diagonal().add_(damping * mean);
+    const auto [lower, failed] = at::linalg_cholesky_ex(damped);
+    if (failed.item<int>() != 0) continue;
+    const auto [upper, inverse_failed] = at::linalg_cholesky_ex(at::cholesky_inverse(lower), /*upper=*/true);
+    if (inverse_failed.item<int>() != 0 || !upper.isfinite().all().item<bool>()) continue;
+    return upper.to(at::kFloat).contiguous();
+  }
+  return {};
+}
+
+// What the loop writes for a format, and how it becomes the format's tensors.
+struct GridState {
+  ops::GptqGrid grid = ops::GptqGrid::kE2M1Group16;
+  int64_t group = 0;  // columns per stored scale; 0: one per row
+  double global_scale = 1;
+  at::Tensor scale;  // as the operator wants it: codes U8 [out, in / group], or float32 [out, 1]
+  at::Tensor codes;  // U8 [out, in]
+};
+
+GridState MakeGrid(const Format& format, const StoredTensors& rtn, int64_t out, int64_t in) {
+  GridState state;
+  state.codes = at::empty({out, in}, at::kByte);
+  switch (format.grid()) {
+    case Grid::kE2M1Group16:
+      state.grid = ops::GptqGrid::kE2M1Group16;
+      state.group = kNvfp4GroupSize;
+      state.global_scale = rtn.at("weight_global_scale").item<double>();
+      break;
+    case Grid::kE4M3Group32:
+      state.grid = ops::GptqGrid::kE4M3Group32;
+      state.group = kMxGroupSize;
+      break;
+    default:
+      state.grid = ops::GptqGrid::kE4M3Row;
+      state.scale = rtn.at("weight_scale").to(at::kFloat).contiguous();
+      return state;
+  }
+  state.scale = at::empty({out, in / state.group}, at::kByte);
+  return state;
+}
+
+StoredTensors ToStored(const Format& format, const GridState& state, StoredTensors stored) {
+  switch (format.grid()) {
+    case Grid::kE2M1Group16: {
+      const at::Tensor pairs = state.codes.view({state.codes.size(0), -1, 2});
+      stored["weight_packed"] = pairs.select(2, 0).bitwise_or(pairs.select(2, 1).bitwise_left_shift(4)).contiguous();
+      stored["weight_scale"] = state.scale.view(at::kFloat8_e4m3fn);
+      break;
+    }
+    case Grid::kE4M3Group32:
+      stored["weight_scale"] = state.scale;
+      [[fallthrough]];
+    default:
+      stored["weight"] = state.codes.view(at::kFloat8_e4m3fn);
+  }
+  return stored;
+}
+
+void RunColumns(const at::Tensor& weight, const at::Tensor& factor, bool choose_scales, GridState& state) {
+  const int64_t in = weight.size(1);
+  at::Tensor remaining = weight.clone();
+  for (int64_t begin = 0; begin < in; begin += kBlockColumns) {
+    const int64_t columns = std::min(kBlockColumns, in - begin);
+    at::Tensor block = remaining.narrow(1, begin, columns).contiguous();
+    at::Tensor codes = at::empty(block.sizes(), at::kByte);
+    at::Tensor error = at::empty_like(block);
+    at::Tensor scale = state.scale;
+    if (state.group > 0) scale = at::empty({block.size(0), columns / state.group}, at::kByte);
+    ops::GptqBlock(state.grid, block, factor.narrow(0, begin, columns).narrow(1, begin, columns), scale, codes,
+                   error, state.global_scale, choose_scales);
+    state.codes.narrow(1, begin, columns).copy_(codes);
+    if (state.group > 0) state.scale.narrow(1, begin / state.group, columns / state.group).copy_(scale);
+    const int64_t right = in - begin - columns;
+    if (right == 0) break;
+    remaining.narrow(1, begin + columns, right)
+        .sub_(at::matmul(error, factor.narrow(0, begin, columns).narrow(1, begin + columns, right)));
+  }
+}
+
+}  // namespace
+
+HessianAccumulator::HessianAccumulator(int64_t in) : sum_(at::zeros({in, in}, at::kFloat)) {}
+
+void HessianAccumulator::Add(const at::Tensor& x, const at::Tensor& token_weights) {
+  for (int64_t begin = 0; begin < x.size(0); begin += kBlockTokens) {
+    const int64_t count = std::min(kBlockTokens, x.size(0) - begin);
+    at::Tensor block = x.narrow(0, begin, count).to(at::kFloat);
+    if (token_weights.defined()) block = block * token_weights.narrow(0, begin, count).sqrt().unsqueeze(1);
+    sum_.addmm_(block.t(), block);
+  }
+  tokens_ += x.size(0);
+}
+
+Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight, const at::Tensor& hessian,
+                              const SharedScales& shared, DType source, const GptqOptions& options) {
+  if (format.grid() == Grid::kNone) {
+    return Status::InvalidInput(fmt::format("format {} has no grid to round to", format.name()));
+  }
+  GptqResult result;
+  StoredTensors rtn = format.Encode(weight, shared, source);
+  const at::Tensor factor = InverseFactor(hessian, options.damping);
+  if (!factor.defined()) {
+    result.decoded = format.Decode(rtn);
+    result.stored = std::move(rtn);
+    result.fell_back = true;
+    return result;
+  }
+  GridState state = MakeGrid(format, rtn, weight.size(0), weight.size(1));
+  RunColumns(weight, factor, options.choose_scales, state);
+  result.stored = ToStored(format, state, std::move(rtn));
+  result.decoded = format.Decode(result.stored);
+  return result;
+}
+
+Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight, const at::Tensor& train,
+                                 const at::Tensor& held_out, const SharedScales& shared, DType source,
+                                 const GptqOptions& options) {
+  PQ_ASSIGN_OR_RETURN(GptqResult gptq, RenderGptq(format, weight, train, shared, source, options));
+  if (gptq.fell_back) return gptq;
+  const at::Tensor& judge = held_out.defined() ? held_out : train;
+  StoredTensors rtn = format.Encode(weight, shared, source);
+  at::Tensor rtn_decoded = format.Decode(rtn);
+  const double gptq_error = OutputError(gptq.decoded, weight, judge);
+  const double rtn_error = OutputError(rtn_decoded, weight, judge);
+  gptq.error_ratio = rtn_error > 0 ? gptq_error / rtn_error : 1;
+  if (gptq_error <= rtn_error) return gptq;
+  gptq.stored = std::move(rtn);
+  gptq.decoded = std::move(rtn_decoded);
+  gptq.fell_back = true;
+  gptq.error_ratio = 1;
+  return gptq;
+}
+
+double OutputError(const at::Tensor& decoded, const at::Tensor& weight, const at::Tensor& hessian) {
+  const at::Tensor difference = decoded - weight;
+  return (at::matmul(difference, hessian) * difference).sum(-1).sum(at::kDouble).item<double>();
+}
+
+}  // namespace prismaquant
