@@ -1,10 +1,9 @@
 #ifndef PRISMAQUANT_EXPORT_EXPORTER_H_
 #define PRISMAQUANT_EXPORT_EXPORTER_H_
 
-// Export: write the quantized checkpoint. Its tensors stand in the order of the source, each quantized Linear's weight
-// replaced in place by the tensors of its format, everything else passed through bit for bit from the source's mapping.
-// Rendered tensors are asked for one Linear at a time, when their bytes are due, so memory holds one Linear. The folder
-// appears at its name only after VerifyCheckpoint has accepted it; on failure nothing is left behind.
+// The exporter: writes the quantized checkpoint. Tensors come in the order of the source's files; the weight of a quantized
+// Linear is replaced by its format's tensors, everything else is copied bit for bit from the source's mapping. Memory holds one
+// layer's rendered tensors.
 
 #include <cstdint>
 #include <filesystem>
@@ -21,23 +20,27 @@
 namespace prismaquant {
 
 struct ExportPlan {
-  const Model* model = nullptr;                  // of the source
-  std::map<std::string, const Format*> formats;  // every Linear of the body
-  // The stored tensors of a quantized Linear; called once each, in the order of the source's tensors.
-  std::function<Result<StoredTensors>(const std::string& linear)> rendered;
-  Json run_record;   // contents of prismaquant.json; none is written if null
-  std::string card;  // contents of README.md; none is written if empty
-  // `check`, if set, runs after the program's own verification.
+  const Model* model = nullptr;                   // of the source
+  std::map<std::string, const Format*> formats;   // every Linear of the body
+  // Stored tensors of all quantized Linears of a layer; asked for in rising and possibly repeated order.
+  std::function<Result<std::map<std::string, StoredTensors>>(int layer)> rendered;
+  Json record;        // contents of prismaquant.json
+  std::string card;   // README.md
   CheckpointWriter::Options options;
 };
 
-// kInvalidInput if a body Linear has no format or one that cannot store it, or `formats` names an unknown Linear.
+// Writes `out`, whole or not at all, and checks it afterwards with VerifyCheckpoint.
 Status ExportCheckpoint(FileSystem& fs, const ExportPlan& plan, const std::filesystem::path& out);
 
-// The exact bytes of all *.safetensors, headers included, that an export with these formats writes.
-Result<int64_t> PlannedFileBytes(const Model& model,
-                                 const std::map<std::string, const Format*>& formats,
-                                 const CheckpointWriter::Options& options);
+// Bytes of all *.safetensors files, headers included, that an export with these formats writes.
+int64_t PlannedFileBytes(const Model& model, const std::map<std::string, const Format*>& formats,
+                         int64_t shard_bytes);
+
+// Modules outside the body that a runtime builds as Linears (vision tower, MTP head).
+std::vector<std::string> OtherLinearsOf(const Model& model, const std::map<std::string, const Format*>& formats);
+
+// The name under which the record of the run stands in a checkpoint.
+inline constexpr char kRecordFile[] = "prismaquant.json";
 
 }  // namespace prismaquant
 

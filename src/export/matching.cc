@@ -24,8 +24,8 @@ Result<std::vector<std::string>> StringList(const Json& object, const std::strin
   }
   for (const Json& item : object[key]) {
     if (!item.is_string()) {
-      return Status::InvalidInput(fmt::format("{}: \"{}\" holds {}, expected strings", origin, key,
-                                              item.type_name()));
+      return Status::InvalidInput(
+          fmt::format("{}: \"{}\" holds {}, expected strings", origin, key, item.type_name()));
     }
     list.push_back(item.get<std::string>());
   }
@@ -75,8 +75,7 @@ std::vector<std::string> RenameEntries(const std::vector<std::string>& entries,
                                        const Naming& naming) {
   std::vector<std::string> renamed;
   for (const std::string& entry : entries) {
-    const bool mapped =
-        !entry.starts_with(kPatternPrefix) && entry.find('.') != std::string::npos;
+    const bool mapped = !entry.starts_with(kPatternPrefix) && entry.find('.') != std::string::npos;
     renamed.push_back(mapped ? naming.Rename(entry) : entry);
   }
   return renamed;
@@ -113,13 +112,14 @@ Status CheckTransformers(const ConfigRules& rules, const Naming& naming,
   PQ_ASSIGN_OR_RETURN(const NameMatcher matcher, NameMatcher::Create(rules));
   for (const auto& [module, format] : linears) {
     const std::string name = naming.Rename(module);
-    PQ_RETURN_IF_ERROR(CheckGroup(naming.reader, name, *format, rules,
-                                  matcher.TransformersGroup(name, "Linear")));
+    PQ_RETURN_IF_ERROR(
+        CheckGroup(naming.reader, name, *format, rules, matcher.TransformersGroup(name, "Linear")));
   }
   return {};
 }
 
-// The members of a fused layer that the checkpoint holds, with their formats, in the profile's order.
+// The members of a fused layer that the checkpoint holds, with their formats, in the profile's
+// order.
 std::vector<std::pair<std::string, const Format*>> FusedMembers(
     const Profile& profile, const std::string& fused,
     const std::map<std::string, const Format*>& linears) {
@@ -169,7 +169,8 @@ Status CheckTargets(const ConfigRules& rules, const Profile& profile,
   }
   for (const ConfigGroup& group : rules.groups) {
     for (const std::string& target : group.targets) {
-      const bool exact = target.find('.') != std::string::npos && !target.starts_with(kPatternPrefix);
+      const bool exact =
+          target.find('.') != std::string::npos && !target.starts_with(kPatternPrefix);
       if (exact && known.count(target) == 0) {
         return Status::Unmet(fmt::format("{}: target {} of {} names no Linear of the checkpoint",
                                          kOrigin, target, group.name));
@@ -195,7 +196,8 @@ Result<ConfigRules> ConfigRules::Parse(const Json& quantization_config, const st
   }
   for (const auto& [name, body] : quantization_config["config_groups"].items()) {
     if (!body.is_object()) {
-      return Status::InvalidInput(fmt::format("{}: config group {} is not an object", origin, name));
+      return Status::InvalidInput(
+          fmt::format("{}: config group {} is not an object", origin, name));
     }
     ConfigGroup group{name, "", Get(body, "weights"), Get(body, "input_activations"), {}};
     Json format = Get(body, "format");
@@ -302,17 +304,16 @@ int NameMatcher::FirstClassGroup(const std::string& type) const {
 
 Result<int> NameMatcher::VllmGroup(const std::string& name, const std::vector<std::string>& shards,
                                    const std::string& type) const {
-  if (shards.empty() || Ignored(name)) {
-    if (Ignored(name)) return kNone;
-  } else {
-    const auto ignored = std::count_if(shards.begin(), shards.end(),
-                                       [&](const std::string& shard) { return Ignored(shard); });
-    if (ignored == static_cast<std::ptrdiff_t>(shards.size())) return kNone;
-    if (ignored > 0) {
-      return Status::Unmet(
-          fmt::format("{}: vLLM finds only {} of its {} fused modules ignored, expected all or none",
-                      name, ignored, shards.size()));
-    }
+  const bool named = std::any_of(ignore_.begin(), ignore_.end(),
+                                 [&](const Target& entry) { return entry.text == name; });
+  if (named || (shards.empty() && Ignored(name))) return kNone;
+  const auto ignored = std::count_if(shards.begin(), shards.end(),
+                                     [&](const std::string& shard) { return Ignored(shard); });
+  if (ignored > 0 && ignored == static_cast<std::ptrdiff_t>(shards.size())) return kNone;
+  if (ignored > 0) {
+    return Status::Unmet(
+        fmt::format("{}: vLLM finds only {} of its {} fused modules ignored, expected all or none",
+                    name, ignored, shards.size()));
   }
   if (const int group = FirstGroup(name); group != kNone) return group;
   if (const int group = FirstClassGroup(type); group != kNone) return group;

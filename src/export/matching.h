@@ -1,10 +1,11 @@
 #ifndef PRISMAQUANT_EXPORT_MATCHING_H_
 #define PRISMAQUANT_EXPORT_MATCHING_H_
 
-// Matching: which config group of a quantization_config each reader gives to a module. The two readers differ
-// (docs/checkpoint.md): compressed-tensors, on which transformers builds, ranks exact names before patterns before
-// classes; vLLM takes the first target in order, lets a class target win over the shards of a fused layer, and never
-// checks that the shards of a fused layer agree. VerifyMatching runs both on every Linear under every name it has.
+// Matching: which config group of a quantization_config each reader gives to a module. The two
+// readers differ (docs/checkpoint.md): compressed-tensors, on which transformers builds, ranks
+// exact names before patterns before classes; vLLM takes the first target in order, lets a class
+// target win over the shards of a fused layer, and never checks that the shards of a fused layer
+// agree. VerifyMatching runs both on every Linear under every name it has.
 
 #include <map>
 #include <optional>
@@ -48,8 +49,8 @@ class NameMatcher {
 
   // Index into the groups, or kNone, that transformers gives to module `name` of class `type`.
   int TransformersGroup(const std::string& name, const std::string& type) const;
-  // The same for vLLM's layer `name` of class `type`, which fuses the modules `shards` (empty: none). Fails with kUnmet
-  // if only some of the shards are ignored.
+  // The same for vLLM's layer `name` of class `type`, which fuses the modules `shards` (empty:
+  // none). Fails with kUnmet if only some of the shards are ignored.
   Result<int> VllmGroup(const std::string& name, const std::vector<std::string>& shards,
                         const std::string& type) const;
 
@@ -73,10 +74,10 @@ class NameMatcher {
   std::unordered_map<std::string, int> last_group_;      // of every target's text
 };
 
-// Proves that every Linear (module name in the checkpoint -> format as stored; the source's format if unquantized)
-// gets the scheme of its format, and an unquantized one none, from transformers and from vLLM under every spelling
-// that the profile knows, that fused layers are of one format, and that every exact target names a Linear.
-// kUnmet naming reader, module, expected and found format.
+// Proves that every Linear (module name in the checkpoint -> format as stored; the source's format
+// if unquantized) gets the scheme of its format, and an unquantized one none, from transformers and
+// from vLLM under every spelling that the profile knows, that fused layers are of one format, and
+// that every exact target names a Linear. kUnmet naming reader, module, expected and found format.
 Status VerifyMatching(const Json& quantization_config, const Profile& profile,
                       const std::map<std::string, const Format*>& linears);
 
