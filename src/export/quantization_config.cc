@@ -3,185 +3,104 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cctype>
-#include <string_view>
+#include <set>
 
 namespace prismaquant {
 namespace {
 
-// The schema version of compressed-tensors that this follows; readers do not act on it.
-constexpr char kSchemaVersion[] = "0.20.0";
-constexpr char kHeadPattern[] = "re:.*lm_head$";
+using ModuleSet = std::set<std::string, ModelOrder>;
 
-// Sorted so that layer 2 comes before layer 10.
-bool ModelOrder(const std::string& a, const std::string& b) {
-  size_t i = 0, j = 0;
-  while (i < a.size() && j < b.size()) {
-    if (std::isdigit(static_cast<unsigned char>(a[i])) &&
-        std::isdigit(static_cast<unsigned char>(b[j]))) {
-      size_t i_end = i, j_end = j;
-      while (i_end < a.size() && std::isdigit(static_cast<unsigned char>(a[i_end]))) ++i_end;
-      while (j_end < b.size() && std::isdigit(static_cast<unsigned char>(b[j_end]))) ++j_end;
-      const size_t x = i_end - i, y = j_end - j;
-      if (x != y) return x < y;
-      if (const int order = a.compare(i, x, b, j, y); order != 0) return order < 0;
-      i = i_end;
-      j = j_end;
-      continue;
-    }
-    if (a[i] != b[j]) return a[i] < b[j];
-    ++i;
-    ++j;
+bool IsDigit(char c) { return c >= '0' && c <= '9'; }
+
+// The run of digits at the start of `text`, without leading zeros; moves `text` behind it.
+std::string_view TakeNumber(std::string_view& text) {
+  size_t end = 0;
+  while (end < text.size() && IsDigit(text[end])) ++end;
+  std::string_view number = text.substr(0, end);
+  text.remove_prefix(end);
+  number.remove_prefix(std::min(number.find_first_not_of('0'), number.size()));
+  return number;
+}
+
+Json ListSpellings(const Profile& profile, const ModuleSet& modules) {
+  Json names = Json::array();
+  for (const std::string& module : modules) {
+    for (const std::string& name : Spellings(profile, module)) names.push_back(name);
   }
-  return a.size() - i < b.size() - j;
+  return names;
 }
 
-constexpr std::string_view kPatternPrefix = "re:";
-
-// Python's re.match: anchored at the start, not at the end.
-bool MatchesStart(const std::regex& regex, const std::string& name) {
-  return std::regex_search(name, regex, std::regex_constants::match_continuous);
-}
-
-Status Mismatch(const char* reader, const std::string& module, const std::string& expected, const std::string& found) {
-  return Status::Unmet(fmt::format("quantization_config: {} resolves {} to {}, expected {}", reader, module,
-                                   found.empty() ? "no group" : found, expected.empty() ? "no group" : expected));
+Json Group(const Profile& profile, const Format& format, const ModuleSet& modules) {
+  Json group = format.Scheme();
+  group["format"] = format.compression_format();
+  group["targets"] = ListSpellings(profile, modules);
+  group["output_activations"] = nullptr;
+  return group;
 }
 
 }  // namespace
 
-Json BuildQuantizationConfig(const std::map<std::string, const Format*>& formats,
-                             const std::vector<std::string>& others) {
-  std::map<const Format*, std::vector<std::string>> targets;
-  std::set<std::string> ignored(others.begin(), others.end());
-  for (const auto& [linear, format] : formats) {
-    if (format == &SourceFormat()) {
-      ignored.insert(linear);
+bool ModelOrder::operator()(std::string_view a, std::string_view b) const {
+  const std::string_view whole_a = a, whole_b = b;
+  while (!a.empty() && !b.empty()) {
+    if (IsDigit(a[0]) && IsDigit(b[0])) {
+      const std::string_view x = TakeNumber(a), y = TakeNumber(b);
+      if (x.size() != y.size()) return x.size() < y.size();
+      if (x != y) return x < y;
     } else {
-      targets[format].push_back(linear);
+      if (a[0] != b[0]) return a[0] < b[0];
+      a.remove_prefix(1);
+      b.remove_prefix(1);
     }
   }
-  if (targets.empty()) return nullptr;
-  Json groups = Json::object();
-  std::string overall;
-  for (const Format* format : AllFormats()) {
-    const auto found = targets.find(format);
-    if (found == targets.end()) continue;
-    std::sort(found->second.begin(), found->second.end(), ModelOrder);
-    Json group = format->Scheme();
-    group["targets"] = found->second;
-    group["output_activations"] = nullptr;
-    group["format"] = format->compression_format();
-    overall = targets.size() > 1 ? "mixed-precision" : std::string(format->compression_format());
-    groups[fmt::format("group_{}", groups.size())] = std::move(group);
+  if (a.empty() != b.empty()) return a.empty();
+  return whole_a < whole_b;
+}
+
+std::vector<std::string> Spellings(const Profile& profile, const std::string& module) {
+  std::vector<std::string> names = {module};
+  for (const PrefixRename& rename : profile.text_names) {
+    if (!module.starts_with(rename.from)) continue;
+    names.push_back(std::string(rename.to) + module.substr(rename.from.size()));
+    break;
   }
-  std::vector<std::string> ignore(ignored.begin(), ignored.end());
-  std::sort(ignore.begin(), ignore.end(), ModelOrder);
-  ignore.insert(ignore.begin(), {"lm_head", kHeadPattern});
+  return names;
+}
+
+Json BuildQuantizationConfig(const Profile& profile,
+                             const std::map<std::string, const Format*>& formats,
+                             const std::vector<std::string>& other_linears) {
+  std::map<const Format*, ModuleSet> modules;
+  ModuleSet unquantized(other_linears.begin(), other_linears.end());
+  for (const auto& [name, format] : formats) {
+    if (format->compression_format().empty()) {
+      unquantized.insert(name);
+    } else {
+      modules[format].insert(name);
+    }
+  }
+  if (modules.empty()) return nullptr;
+
+  Json groups = Json::object();
+  Json single_format;
+  for (const Format* format : AllFormats()) {
+    if (modules.count(format) == 0) continue;
+    single_format = format->compression_format();
+    groups[fmt::format("group_{}", groups.size())] = Group(profile, *format, modules[format]);
+  }
+  unquantized.insert("lm_head");
+  Json ignore = ListSpellings(profile, unquantized);
+  ignore.push_back("re:.*lm_head$");
   return {{"quant_method", "compressed-tensors"},
-          {"version", kSchemaVersion},
-          {"format", overall},
+          {"version", "0.20.0"},
+          {"format", groups.size() > 1 ? Json("mixed-precision") : single_format},
           {"quantization_status", "compressed"},
           {"global_compression_ratio", nullptr},
           {"kv_cache_scheme", nullptr},
           {"sparsity_config", Json::object()},
           {"transform_config", Json::object()},
-          {"config_groups", std::move(groups)},
-          {"ignore", std::move(ignore)}};
-}
-
-std::vector<std::string> OtherLinears(const std::vector<ModuleShape>& weights,
-                                      const std::map<std::string, const Format*>& linears) {
-  std::vector<std::string> others;
-  for (const ModuleShape& module : weights) {
-    const bool table = module.name.ends_with("embed_tokens") ||
-                       module.name.ends_with("pos_embed") || module.name == "lm_head";
-    if (module.rank == 2 && !table && !linears.count(module.name)) others.push_back(module.name);
-  }
-  return others;
-}
-
-SchemeLookup::SchemeLookup(const Json& config, const Profile* profile) {
-  const auto spelled = [&](const std::string& name) {
-    return profile != nullptr && name.find('.') != std::string::npos ? VllmName(*profile, name) : name;
-  };
-  for (const Json& entry : config.value("ignore", Json::array())) {
-    const auto name = entry.get<std::string>();
-    if (name.starts_with(kPatternPrefix)) {
-      ignored_patterns_.emplace_back(name.substr(kPatternPrefix.size()));
-    } else {
-      ignored_.insert(spelled(name));
-    }
-  }
-  for (const auto& [group, scheme] : config["config_groups"].items()) {
-    for (const Json& target : scheme["targets"]) {
-      const auto name = target.get<std::string>();
-      if (name.starts_with(kPatternPrefix)) {
-        target_patterns_.push_back({std::regex(name.substr(kPatternPrefix.size())), group});
-      } else {
-        targets_[spelled(name)] = group;
-      }
-    }
-  }
-}
-
-bool SchemeLookup::Ignored(const std::string& module) const {
-  if (ignored_.count(module) > 0) return true;
-  return std::any_of(ignored_patterns_.begin(), ignored_patterns_.end(),
-                     [&](const std::regex& regex) { return MatchesStart(regex, module); });
-}
-
-std::string SchemeLookup::Target(const std::string& module) const {
-  if (const auto exact = targets_.find(module); exact != targets_.end()) return exact->second;
-  for (const Pattern& pattern : target_patterns_) {
-    if (MatchesStart(pattern.regex, module)) return pattern.group;
-  }
-  return "";
-}
-
-std::string SchemeLookup::Resolve(const std::string& module) const { return Ignored(module) ? "" : Target(module); }
-
-Result<std::string> SchemeLookup::ResolveFused(const std::string& module, const std::vector<std::string>& members) const {
-  const bool ignored = Ignored(members.front());
-  const std::string first = Target(members.front());
-  for (const std::string& member : members) {
-    if (Ignored(member) != ignored || (!ignored && Target(member) != first)) {
-      return Status::Unmet(fmt::format("quantization_config: the members of {} resolve to different groups", module));
-    }
-  }
-  if (ignored) return std::string();
-  const std::string own = Target(module);
-  return own.empty() ? first : own;
-}
-
-Status VerifyConfig(const Json& config, const Profile& profile, const std::map<std::string, const Format*>& formats,
-                    const std::vector<std::string>& others) {
-  if (config.is_null()) return {};
-  std::map<std::string, std::string> group_of;
-  for (const auto& [group, scheme] : config["config_groups"].items()) {
-    group_of[scheme["format"].get<std::string>()] = group;
-  }
-  const SchemeLookup plain(config, nullptr), vllm(config, &profile);
-  std::map<std::string, std::vector<std::string>> fused;
-  for (const auto& [linear, format] : formats) {
-    const std::string expected = format == &SourceFormat() ? "" : group_of[std::string(format->compression_format())];
-    if (plain.Resolve(linear) != expected) return Mismatch("compressed-tensors", linear, expected, plain.Resolve(linear));
-    fused[FusedName(profile, linear)].push_back(linear);
-  }
-  for (const auto& [module, linears] : fused) {
-    const Format* format = formats.at(linears.front());
-    const std::string expected = format == &SourceFormat() ? "" : group_of[std::string(format->compression_format())];
-    std::vector<std::string> members;
-    for (const std::string& linear : linears) members.push_back(VllmName(profile, linear));
-    PQ_ASSIGN_OR_RETURN(const std::string found, vllm.ResolveFused(VllmName(profile, module), members));
-    if (found != expected) return Mismatch("vLLM", module, expected, found);
-  }
-  for (const std::string& module : others) {
-    if (!plain.Resolve(module).empty()) return Mismatch("compressed-tensors", module, "", plain.Resolve(module));
-    const std::string found = vllm.Resolve(VllmName(profile, module));
-    if (!found.empty()) return Mismatch("vLLM", module, "", found);
-  }
-  return {};
+          {"config_groups", groups},
+          {"ignore", ignore}};
 }
 
 }  // namespace prismaquant
