@@ -1,0 +1,183 @@
+#include "export/exporter.h"
+
+#include <fmt/format.h>
+#include <torch/torch.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "export/inventory.h"
+#include "export/quantization_config.h"
+#include "export/verify.h"
+#include "formats/tensor_bytes.h"
+
+namespace prismaquant {
+namespace {
+
+// One tensor to be written: the source's tensor of that name, or a tensor of a quantized Linear.
+struct PlannedTensor {
+  TensorSpec spec;
+  const LinearInfo* linear = nullptr;  // null: passed through
+  std::string suffix;
+};
+
+using FormatMap = std::map<std::string, const Format*>;
+using LinearMap = std::map<std::string, const LinearInfo*>;
+
+Result<LinearMap> CheckFormats(const Model& model, const FormatMap& formats) {
+  LinearMap linears;
+  for (const LinearInfo& linear : model.linears()) {
+    const auto format = formats.find(linear.name);
+    if (format == formats.end()) {
+      return Status::InvalidInput(fmt::format("{}: no format is chosen for it", linear.name));
+    }
+    if (!format->second->Supports(linear.out, linear.in)) {
+      return Status::InvalidInput(fmt::format("{}: {} cannot store its shape [{}, {}]", linear.name,
+                                              format->second->name(), linear.out, linear.in));
+    }
+    linears[linear.name] = &linear;
+  }
+  for (const auto& [name, format] : formats) {
+    if (linears.count(name) == 0) {
+      return Status::InvalidInput(
+          fmt::format("{}: a format is chosen, but the model has no such Linear", name));
+    }
+  }
+  return linears;
+}
+
+// All tensors in the order in which they are written.
+Result<std::vector<PlannedTensor>> PlanTensors(const Model& model, const FormatMap& formats) {
+  PQ_ASSIGN_OR_RETURN(const LinearMap linears, CheckFormats(model, formats));
+  std::vector<PlannedTensor> planned;
+  for (const std::string& name : model.checkpoint().names()) {
+    const auto [module, suffix] = SplitTensorName(name);
+    const auto found = linears.find(module);
+    const bool replaced = suffix == "weight" && found != linears.end() &&
+                          !formats.at(module)->compression_format().empty();
+    if (!replaced) {
+      const TensorView& view = *model.checkpoint().Find(name);
+      planned.push_back({{name, view.dtype, view.shape}, nullptr, ""});
+      continue;
+    }
+    const LinearInfo& linear = *found->second;
+    for (TensorSpec& spec : formats.at(module)->Layout(linear.out, linear.in, linear.dtype)) {
+      std::string stored = spec.name;
+      spec.name = module + "." + stored;
+      planned.push_back({std::move(spec), &linear, std::move(stored)});
+    }
+  }
+  return planned;
+}
+
+// The tensors of the one Linear that is being written.
+class RenderedLinear {
+ public:
+  explicit RenderedLinear(const ExportPlan& plan) : plan_(plan) {}
+
+  Status Write(const LinearInfo& linear, const std::string& suffix,
+               const CheckpointWriter::Sink& sink) {
+    if (name_ != linear.name) PQ_RETURN_IF_ERROR(Load(linear));
+    return sink(TensorBytes(stored_.at(suffix)));
+  }
+
+ private:
+  Status Load(const LinearInfo& linear) {
+    stored_.clear();
+    PQ_ASSIGN_OR_RETURN(StoredTensors stored, plan_.rendered(linear.name));
+    for (auto& [suffix, tensor] : stored) tensor = tensor.contiguous().cpu();
+    const Format& format = *plan_.formats.at(linear.name);
+    if (const Status status = CheckStored(format, stored, linear.out, linear.in, linear.dtype);
+        !status.ok()) {
+      return Status::InvalidInput(linear.name + ": " + status.message());
+    }
+    name_ = linear.name;
+    stored_ = std::move(stored);
+    return {};
+  }
+
+  const ExportPlan& plan_;
+  std::string name_;
+  StoredTensors stored_;
+};
+
+Status PassThrough(const Checkpoint& source, const std::string& name,
+                   const CheckpointWriter::Sink& sink) {
+  PQ_ASSIGN_OR_RETURN(const TensorView view, source.Get(name));
+  PQ_RETURN_IF_ERROR(sink(view.bytes));
+  source.DontNeed({name});
+  return {};
+}
+
+std::vector<CheckpointWriter::Tensor> WriterTensors(const ExportPlan& plan,
+                                                    std::vector<PlannedTensor> planned) {
+  const Checkpoint& source = plan.model->checkpoint();
+  const auto rendered = std::make_shared<RenderedLinear>(plan);
+  std::vector<CheckpointWriter::Tensor> tensors;
+  for (PlannedTensor& tensor : planned) {
+    CheckpointWriter::Source write;
+    if (tensor.linear == nullptr) {
+      write = [&source, name = tensor.spec.name](const CheckpointWriter::Sink& sink) {
+        return PassThrough(source, name, sink);
+      };
+    } else {
+      write = [rendered, linear = tensor.linear,
+               suffix = tensor.suffix](const CheckpointWriter::Sink& sink) {
+        return rendered->Write(*linear, suffix, sink);
+      };
+    }
+    tensors.push_back({std::move(tensor.spec), std::move(write)});
+  }
+  return tensors;
+}
+
+Result<std::map<std::string, std::string>> OtherFiles(const ExportPlan& plan) {
+  const Checkpoint& source = plan.model->checkpoint();
+  std::map<std::string, std::string> files;
+  PQ_ASSIGN_OR_RETURN(files, PassthroughFiles(source.folder()));
+  Json config = source.config();
+  const Json quantization =
+      BuildQuantizationConfig(plan.model->profile(), plan.formats, OtherLinears(*plan.model));
+  if (!quantization.is_null()) config["quantization_config"] = quantization;
+  files["config.json"] = config.dump(2) + "\n";
+  if (!plan.run_record.is_null()) files[kRecordFile] = plan.run_record.dump(2) + "\n";
+  if (!plan.card.empty()) files["README.md"] = plan.card;
+  return files;
+}
+
+Status VerifyFolder(const std::filesystem::path& folder, const Checkpoint& source) {
+  PQ_ASSIGN_OR_RETURN(const Checkpoint written, Checkpoint::Open(folder));
+  return VerifyCheckpoint(written, &source);
+}
+
+}  // namespace
+
+Status ExportCheckpoint(FileSystem& fs, const ExportPlan& plan, const std::filesystem::path& out) {
+  const Checkpoint& source = plan.model->checkpoint();
+  PQ_RETURN_IF_ERROR(RequireUnquantized(source));
+  std::vector<PlannedTensor> planned;
+  PQ_ASSIGN_OR_RETURN(planned, PlanTensors(*plan.model, plan.formats));
+  std::map<std::string, std::string> files;
+  PQ_ASSIGN_OR_RETURN(files, OtherFiles(plan));
+
+  CheckpointWriter::Options options = plan.options;
+  options.check = [&](const std::filesystem::path& folder) -> Status {
+    PQ_RETURN_IF_ERROR(VerifyFolder(folder, source));
+    return plan.options.check ? plan.options.check(folder) : Status();
+  };
+  const std::filesystem::path target = out.has_filename() ? out : out.parent_path();
+  return CheckpointWriter::Write(fs, target, options, WriterTensors(plan, std::move(planned)),
+                                 files);
+}
+
+Result<int64_t> PlannedFileBytes(const Model& model, const FormatMap& formats,
+                                 const CheckpointWriter::Options& options) {
+  std::vector<PlannedTensor> planned;
+  PQ_ASSIGN_OR_RETURN(planned, PlanTensors(model, formats));
+  std::vector<TensorSpec> specs;
+  for (PlannedTensor& tensor : planned) specs.push_back(std::move(tensor.spec));
+  return CheckpointWriter::FileBytes(specs, options);
+}
+
+}  // namespace prismaquant

@@ -1,0 +1,47 @@
+#ifndef PRISMAQUANT_EXPORT_VERIFY_H_
+#define PRISMAQUANT_EXPORT_VERIFY_H_
+
+// Verification of a checkpoint on disk, from its bytes alone: that readers will take every tensor
+// for what it is. Also the stored formats, as inspection and verification read them. Reads every
+// weight once; holds one Linear in memory.
+
+#include <map>
+#include <string>
+
+#include "base/status.h"
+#include "formats/format.h"
+#include "io/checkpoint.h"
+#include "model/model.h"
+
+namespace prismaquant {
+
+// A Linear of a checkpoint as it is stored. For a Linear outside the body, layer is -1.
+struct StoredLinear {
+  const Format* format = nullptr;
+  int64_t out = 0, in = 0;
+  DType dtype = DType::kBF16;  // of the unquantized weight
+  int layer = -1;
+};
+
+// Module name -> how it is stored, for every Linear of the body and outside it. kUnmet naming
+// module and tensors if they fit no format.
+Result<std::map<std::string, StoredLinear>> ReadStoredLinears(const Model& model);
+
+// Checks that
+// - every Linear has exactly the tensors of its format, with the right dtypes and shapes and values
+// that can be decoded,
+//   and no tensor of a quantized format belongs to anything else;
+// - quantization_config is complete, and leads both readers to the stored format of every Linear
+// (VerifyMatching);
+// - modules that vLLM fuses share their format and, bit for bit, their global scales;
+// - the index states the tensors' bytes, and no *.safetensors file lies beside it;
+// - given the source: every tensor is the source's bit for bit or belongs to a quantized Linear of
+// the source, none of
+//   the source's is missing, config.json differs by quantization_config alone and copied files are
+//   equal.
+// kUnmet names the first violation.
+Status VerifyCheckpoint(const Checkpoint& out, const Checkpoint* source);
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_EXPORT_VERIFY_H_
