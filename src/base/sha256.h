@@ -1,7 +1,8 @@
 #ifndef PRISMAQUANT_BASE_SHA256_H_
 #define PRISMAQUANT_BASE_SHA256_H_
 
-// Sha256: fingerprints of files, token ids and settings (OpenSSL's libcrypto). One thread per object.
+// Sha256: fingerprints of files, token ids and settings (OpenSSL's libcrypto). One thread per
+// object.
 
 #include <cstddef>
 #include <memory>

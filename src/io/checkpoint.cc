@@ -27,12 +27,14 @@ Result<std::map<std::string, std::string>> ReadIndex(const stdfs::path& path) {
   std::map<std::string, std::string> shards;
   for (const auto& [tensor, file] : index["weight_map"].items()) {
     if (!file.is_string()) {
-      return Status::InvalidInput(fmt::format("{}: the file of tensor {} is not a string", path.string(), tensor));
+      return Status::InvalidInput(
+          fmt::format("{}: the file of tensor {} is not a string", path.string(), tensor));
     }
     const auto name = file.get<std::string>();
     if (name.empty() || name == "." || name == ".." || stdfs::path(name).filename() != name) {
-      return Status::InvalidInput(fmt::format("{}: tensor {} is said to be in \"{}\", expected a file of this folder",
-                                              path.string(), tensor, name));
+      return Status::InvalidInput(
+          fmt::format("{}: tensor {} is said to be in \"{}\", expected a file of this folder",
+                      path.string(), tensor, name));
     }
     shards[tensor] = name;
   }
@@ -40,7 +42,8 @@ Result<std::map<std::string, std::string>> ReadIndex(const stdfs::path& path) {
 }
 
 std::string ShardName(size_t shard, size_t count) {
-  return count == 1 ? kSingleFile : fmt::format("model-{:05}-of-{:05}.safetensors", shard + 1, count);
+  return count == 1 ? kSingleFile
+                    : fmt::format("model-{:05}-of-{:05}.safetensors", shard + 1, count);
 }
 
 // [first, last) tensor of each shard.
@@ -81,8 +84,8 @@ Status WriteTensor(SafetensorsWriter& writer, const CheckpointWriter::Tensor& te
     return written > expected ? Status() : writer.Append(bytes);
   }));
   if (written != expected) {
-    return Status::System(
-        fmt::format("tensor {}: {} bytes were supplied, expected {}", tensor.spec.name, written, expected));
+    return Status::System(fmt::format("tensor {}: {} bytes were supplied, expected {}",
+                                      tensor.spec.name, written, expected));
   }
   return {};
 }
@@ -109,8 +112,9 @@ Status WriteFolder(FileSystem& fs, const stdfs::path& folder, int64_t shard_byte
       weight_map[spec.name] = name;
       total += spec.bytes();
     }
-    PQ_ASSIGN_OR_RETURN(SafetensorsWriter writer,
-                        SafetensorsWriter::Create(fs, folder / name, std::move(specs), ShardMetadata()));
+    PQ_ASSIGN_OR_RETURN(
+        SafetensorsWriter writer,
+        SafetensorsWriter::Create(fs, folder / name, std::move(specs), ShardMetadata()));
     for (size_t i = shards[s].first; i < shards[s].second; ++i) {
       PQ_RETURN_IF_ERROR(WriteTensor(writer, tensors[i]));
     }
@@ -120,11 +124,13 @@ Status WriteFolder(FileSystem& fs, const stdfs::path& folder, int64_t shard_byte
     const Json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
     PQ_RETURN_IF_ERROR(WriteFile(fs, folder / kIndexFile, index.dump(2) + "\n"));
   }
-  for (const auto& [name, contents] : files) PQ_RETURN_IF_ERROR(WriteFile(fs, folder / name, contents));
+  for (const auto& [name, contents] : files)
+    PQ_RETURN_IF_ERROR(WriteFile(fs, folder / name, contents));
   return fs.SyncDirectory(folder);
 }
 
-// Puts the finished folder at `out`; an old `out` is set aside first and restored if the rename fails.
+// Puts the finished folder at `out`; an old `out` is set aside first and restored if the rename
+// fails.
 Status Install(FileSystem& fs, const stdfs::path& partial, const stdfs::path& out) {
   std::error_code error;
   const stdfs::path parent = out.parent_path().empty() ? "." : out.parent_path();
@@ -148,21 +154,32 @@ Status CheckDestination(const stdfs::path& out, bool overwrite) {
   std::error_code error;
   if (!stdfs::exists(out, error)) return {};
   if (!overwrite) {
-    return Status::InvalidInput(fmt::format("{}: exists already; --overwrite replaces it", out.string()));
+    return Status::InvalidInput(
+        fmt::format("{}: exists already; --overwrite replaces it", out.string()));
   }
-  if (stdfs::is_directory(out, error) && (stdfs::is_empty(out, error) || stdfs::exists(out / "config.json", error))) {
+  if (stdfs::is_directory(out, error) &&
+      (stdfs::is_empty(out, error) || stdfs::exists(out / "config.json", error))) {
     return {};
   }
-  return Status::InvalidInput(
-      fmt::format("{}: is no checkpoint folder (no config.json), so --overwrite does not replace it", out.string()));
+  return Status::InvalidInput(fmt::format(
+      "{}: is no checkpoint folder (no config.json), so --overwrite does not replace it",
+      out.string()));
 }
 
 bool IsPassthroughName(const std::string& name) {
-  static const std::set<std::string> kNames = {
-      "tokenizer.json",           "tokenizer_config.json",        "tokenizer.model",       "vocab.json",
-      "merges.txt",               "special_tokens_map.json",      "added_tokens.json",     "generation_config.json",
-      "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "configuration.json",
-      "chat_template.json"};
+  static const std::set<std::string> kNames = {"tokenizer.json",
+                                               "tokenizer_config.json",
+                                               "tokenizer.model",
+                                               "vocab.json",
+                                               "merges.txt",
+                                               "special_tokens_map.json",
+                                               "added_tokens.json",
+                                               "generation_config.json",
+                                               "preprocessor_config.json",
+                                               "video_preprocessor_config.json",
+                                               "processor_config.json",
+                                               "configuration.json",
+                                               "chat_template.json"};
   return kNames.count(name) > 0 || name.ends_with(".jinja") || name.ends_with(".py") ||
          name.starts_with("LICENSE") || name.starts_with("NOTICE");
 }
@@ -187,11 +204,13 @@ Result<Checkpoint> Checkpoint::Open(const stdfs::path& folder) {
   } else if (stdfs::exists(folder / kSingleFile, error)) {
     shard_names.insert(kSingleFile);
   } else {
-    return Status::InvalidInput(fmt::format("{}: no weights (neither {} nor {})", folder.string(), kSingleFile, kIndexFile));
+    return Status::InvalidInput(fmt::format("{}: no weights (neither {} nor {})", folder.string(),
+                                            kSingleFile, kIndexFile));
   }
   for (const std::string& name : shard_names) {
     if (!stdfs::exists(folder / name, error)) {
-      return Status::InvalidInput(fmt::format("{}: lists {}, which does not exist", (folder / kIndexFile).string(), name));
+      return Status::InvalidInput(
+          fmt::format("{}: lists {}, which does not exist", (folder / kIndexFile).string(), name));
     }
     PQ_ASSIGN_OR_RETURN(SafetensorsFile opened, SafetensorsFile::Open(folder / name));
     auto file = std::make_shared<const SafetensorsFile>(std::move(opened));
@@ -211,8 +230,8 @@ Result<Checkpoint> Checkpoint::Open(const stdfs::path& folder) {
   }
   for (const auto& [tensor, file] : index) {
     if (!checkpoint.index_.count(tensor)) {
-      return Status::InvalidInput(
-          fmt::format("{}: tensor {} is missing, though the index lists it", (folder / file).string(), tensor));
+      return Status::InvalidInput(fmt::format("{}: tensor {} is missing, though the index lists it",
+                                              (folder / file).string(), tensor));
     }
   }
   return checkpoint;
@@ -251,7 +270,8 @@ Result<std::string> Checkpoint::Fingerprint() const {
   for (const auto& file : files_) {
     const std::span<const std::byte> bytes = file->mapping().bytes();
     int64_t data_bytes = 0;
-    for (const TensorView& tensor : file->tensors()) data_bytes += static_cast<int64_t>(tensor.bytes.size());
+    for (const TensorView& tensor : file->tensors())
+      data_bytes += static_cast<int64_t>(tensor.bytes.size());
     hash.Update(fmt::format("{} ", bytes.size()));
     hash.Update(bytes.first(bytes.size() - static_cast<size_t>(data_bytes)));
     const size_t sample = std::min(kSampleBytes, bytes.size());
@@ -267,7 +287,8 @@ Status RequireUnquantized(const Checkpoint& checkpoint) {
   const Json* found = nullptr;
   for (const char* key : {"quantization_config", "compression_config"}) {
     if (config.contains(key)) found = &config[key];
-    if (config.contains("text_config") && config["text_config"].contains(key)) found = &config["text_config"][key];
+    if (config.contains("text_config") && config["text_config"].contains(key))
+      found = &config["text_config"][key];
   }
   if (found == nullptr || found->is_null()) return {};
   const auto text = [&](const char* key) {
@@ -275,9 +296,9 @@ Status RequireUnquantized(const Checkpoint& checkpoint) {
                ? (*found)[key].get<std::string>()
                : std::string("unknown");
   };
-  return Status::InvalidInput(fmt::format("{}: is already quantized ({}, format {}); start from the unquantized checkpoint",
-                                          (checkpoint.folder() / "config.json").string(), text("quant_method"),
-                                          text("format")));
+  return Status::InvalidInput(fmt::format(
+      "{}: is already quantized ({}, format {}); start from the unquantized checkpoint",
+      (checkpoint.folder() / "config.json").string(), text("quant_method"), text("format")));
 }
 
 Status CheckpointWriter::Write(FileSystem& fs, const stdfs::path& out, const Options& options,
@@ -316,7 +337,8 @@ Result<std::map<std::string, std::string>> PassthroughFiles(const stdfs::path& f
     if (!entry.is_regular_file(error) || !IsPassthroughName(name)) continue;
     PQ_ASSIGN_OR_RETURN(files[name], ReadFile(entry.path()));
   }
-  if (error) return Status::System(fmt::format("{}: listing: {}", folder.string(), error.message()));
+  if (error)
+    return Status::System(fmt::format("{}: listing: {}", folder.string(), error.message()));
   return files;
 }
 

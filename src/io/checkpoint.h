@@ -1,12 +1,14 @@
 #ifndef PRISMAQUANT_IO_CHECKPOINT_H_
 #define PRISMAQUANT_IO_CHECKPOINT_H_
 
-// Checkpoint: a Hugging Face model folder, opened read-only: config.json and every tensor of its single file or of
-// the shards that its index lists. Opening checks headers and index (each listed file exists and lies in the folder,
-// each listed tensor is in its file, none is in two) but reads no weights. Immutable and thread-safe.
+// Checkpoint: a Hugging Face model folder, opened read-only: config.json and every tensor of its
+// single file or of the shards that its index lists. Opening checks headers and index (each listed
+// file exists and lies in the folder, each listed tensor is in its file, none is in two) but reads
+// no weights. Immutable and thread-safe.
 //
-// CheckpointWriter: writes such a folder shard by shard into a temporary sibling folder that is synced and renamed at
-// the end, so that a reader never sees half a checkpoint. The bytes written depend on the plan alone.
+// CheckpointWriter: writes such a folder shard by shard into a temporary sibling folder that is
+// synced and renamed at the end, so that a reader never sees half a checkpoint. The bytes written
+// depend on the plan alone.
 
 #include <cstdint>
 #include <filesystem>
@@ -24,7 +26,8 @@ namespace prismaquant {
 
 class Checkpoint {
  public:
-  // Fails with kInvalidInput if the folder, its config.json or its weights are missing or malformed.
+  // Fails with kInvalidInput if the folder, its config.json or its weights are missing or
+  // malformed.
   static Result<Checkpoint> Open(const std::filesystem::path& folder);
 
   const std::filesystem::path& folder() const { return folder_; }
@@ -42,8 +45,9 @@ class Checkpoint {
   int64_t file_bytes() const { return file_bytes_; }
   // Number of elements of all tensors.
   int64_t parameters() const { return parameters_; }
-  // Hex SHA-256 over config.json, tokenizer.json (if any), every header and a sample of every file's data: two
-  // checkpoints with the same fingerprint are the same for all that the run store cares about.
+  // Hex SHA-256 over config.json, tokenizer.json (if any), every header and a sample of every
+  // file's data: two checkpoints with the same fingerprint are the same for all that the run store
+  // cares about.
   Result<std::string> Fingerprint() const;
 
  private:
@@ -77,9 +81,10 @@ class CheckpointWriter {
     Source write;  // called once, in plan order
   };
 
-  // Writes tensors (in the given order, cut into shards), an index if there is more than one shard, and
-  // `files` (name -> contents); finishes by renaming the temporary folder to `out`. On any failure the temporary
-  // folder is removed and `out` is as it was. Existing `out` without overwrite is kInvalidInput.
+  // Writes tensors (in the given order, cut into shards), an index if there is more than one shard,
+  // and `files` (name -> contents); finishes by renaming the temporary folder to `out`. On any
+  // failure the temporary folder is removed and `out` is as it was. Existing `out` without
+  // overwrite is kInvalidInput.
   static Status Write(FileSystem& fs, const std::filesystem::path& out, const Options& options,
                       const std::vector<Tensor>& tensors,
                       const std::map<std::string, std::string>& files);
@@ -87,8 +92,9 @@ class CheckpointWriter {
   static int64_t FileBytes(const std::vector<TensorSpec>& specs, const Options& options);
 };
 
-// The files that are copied unchanged from a source checkpoint (tokenizer, processor, chat template, generation
-// settings, licence): name -> contents. config.json and README.md are not among them.
+// The files that are copied unchanged from a source checkpoint (tokenizer, processor, chat
+// template, generation settings, licence): name -> contents. config.json and README.md are not
+// among them.
 Result<std::map<std::string, std::string>> PassthroughFiles(const std::filesystem::path& folder);
 
 }  // namespace prismaquant

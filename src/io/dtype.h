@@ -10,8 +10,23 @@
 namespace prismaquant {
 
 enum class DType {
-  kBool, kU8, kI8, kF8E4M3, kF8E5M2, kF8E8M0, kU16, kI16, kF16, kBF16,
-  kU32, kI32, kF32, kU64, kI64, kF64, kC64,
+  kBool,
+  kU8,
+  kI8,
+  kF8E4M3,
+  kF8E5M2,
+  kF8E8M0,
+  kU16,
+  kI16,
+  kF16,
+  kBF16,
+  kU32,
+  kI32,
+  kF32,
+  kU64,
+  kI64,
+  kF64,
+  kC64,
 };
 
 // The name in a safetensors header, as "BF16".

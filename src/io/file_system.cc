@@ -27,7 +27,8 @@ Status SystemError(const stdfs::path& path, const char* doing, int error) {
 
 class PosixWritableFile : public WritableFile {
  public:
-  PosixWritableFile(stdfs::path path, int descriptor) : path_(std::move(path)), descriptor_(descriptor) {
+  PosixWritableFile(stdfs::path path, int descriptor)
+      : path_(std::move(path)), descriptor_(descriptor) {
     buffer_.reserve(kBufferBytes);
   }
   ~PosixWritableFile() override {
@@ -83,7 +84,8 @@ class PosixFileSystem : public FileSystem {
     return error ? SystemError(path, "creating the folder", error.value()) : Status();
   }
   Status Rename(const stdfs::path& from, const stdfs::path& to) override {
-    return ::rename(from.c_str(), to.c_str()) == 0 ? Status() : SystemError(to, "renaming into place", errno);
+    return ::rename(from.c_str(), to.c_str()) == 0 ? Status()
+                                                   : SystemError(to, "renaming into place", errno);
   }
   Status RemoveAll(const stdfs::path& path) override {
     std::error_code error;
@@ -139,7 +141,8 @@ Result<std::string> ReadFile(const stdfs::path& path) {
 Result<MappedFile> MappedFile::Open(const stdfs::path& path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) {
-    return Status::InvalidInput(fmt::format("{}: opening: {}", path.string(), std::strerror(errno)));
+    return Status::InvalidInput(
+        fmt::format("{}: opening: {}", path.string(), std::strerror(errno)));
   }
   struct stat info {};
   if (::fstat(descriptor, &info) != 0 || !S_ISREG(info.st_mode)) {

@@ -1,8 +1,9 @@
 #ifndef PRISMAQUANT_IO_FILE_SYSTEM_H_
 #define PRISMAQUANT_IO_FILE_SYSTEM_H_
 
-// FileSystem: every write of the program goes through this interface, so that tests can make any of them fail
-// (FaultyFileSystem) and see that nothing is lost or half-written. Reads of large files are memory-mapped.
+// FileSystem: every write of the program goes through this interface, so that tests can make any of
+// them fail (FaultyFileSystem) and see that nothing is lost or half-written. Reads of large files
+// are memory-mapped.
 //
 // The default file system is stateless and thread-safe. A WritableFile belongs to one thread.
 
@@ -40,7 +41,8 @@ class FileSystem {
   virtual Status SyncDirectory(const std::filesystem::path& path) = 0;
 };
 
-// Writes `contents` beside `path`, syncs, and renames over it: afterwards `path` holds the old or the new contents.
+// Writes `contents` beside `path`, syncs, and renames over it: afterwards `path` holds the old or
+// the new contents.
 Status WriteFileAtomically(FileSystem& fs, const std::filesystem::path& path,
                            std::string_view contents);
 Result<std::string> ReadFile(const std::filesystem::path& path);

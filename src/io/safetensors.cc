@@ -30,7 +30,9 @@ std::optional<int64_t> Elements(const std::vector<int64_t>& shape) {
   return product;
 }
 
-std::string ShapeText(const std::vector<int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+std::string ShapeText(const std::vector<int64_t>& shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
 
 struct Entry {
   TensorView view;
@@ -42,12 +44,14 @@ Result<Entry> ParseEntry(const std::string& file, const std::string& name, const
     return Status::InvalidInput(fmt::format("{}: tensor {}: {}", file, name, what));
   };
   if (!json.is_object()) return bad("its header entry is not an object");
-  PQ_ASSIGN_OR_RETURN(const std::string dtype_name, JsonString(json, "dtype", file + ": tensor " + name));
+  PQ_ASSIGN_OR_RETURN(const std::string dtype_name,
+                      JsonString(json, "dtype", file + ": tensor " + name));
   const std::optional<DType> dtype = ParseDType(dtype_name);
   if (!dtype) return bad(fmt::format("unknown dtype {}", dtype_name));
   const auto is_integers = [&](const char* key) {
     return json.contains(key) && json[key].is_array() &&
-           std::all_of(json[key].begin(), json[key].end(), [](const Json& v) { return v.is_number_integer(); });
+           std::all_of(json[key].begin(), json[key].end(),
+                       [](const Json& v) { return v.is_number_integer(); });
   };
   if (!is_integers("shape")) return bad("shape is not a list of integers");
   if (!is_integers("data_offsets") || json["data_offsets"].size() != 2) {
@@ -65,17 +69,21 @@ Result<Entry> ParseEntry(const std::string& file, const std::string& name, const
     return bad(fmt::format("shape {} is negative or too large", ShapeText(entry.view.shape)));
   }
   if (entry.begin < 0 || entry.end < entry.begin || entry.end - entry.begin != bytes) {
-    return bad(fmt::format("data_offsets [{}, {}] hold {} bytes, expected {} for {} {}", entry.begin, entry.end,
-                           entry.end - entry.begin, bytes, dtype_name, ShapeText(entry.view.shape)));
+    return bad(fmt::format("data_offsets [{}, {}] hold {} bytes, expected {} for {} {}",
+                           entry.begin, entry.end, entry.end - entry.begin, bytes, dtype_name,
+                           ShapeText(entry.view.shape)));
   }
   return entry;
 }
 
-Status ParseMetadata(const std::string& file, const Json& json, std::map<std::string, std::string>& metadata) {
-  if (!json.is_object()) return Status::InvalidInput(fmt::format("{}: __metadata__ is not an object", file));
+Status ParseMetadata(const std::string& file, const Json& json,
+                     std::map<std::string, std::string>& metadata) {
+  if (!json.is_object())
+    return Status::InvalidInput(fmt::format("{}: __metadata__ is not an object", file));
   for (const auto& [key, value] : json.items()) {
     if (!value.is_string()) {
-      return Status::InvalidInput(fmt::format("{}: __metadata__ \"{}\" is not a string", file, key));
+      return Status::InvalidInput(
+          fmt::format("{}: __metadata__ \"{}\" is not a string", file, key));
     }
     metadata[key] = value.get<std::string>();
   }
@@ -87,14 +95,14 @@ Status CheckTiling(const std::string& file, const std::vector<Entry>& entries, i
   int64_t expected = 0;
   for (const Entry& entry : entries) {
     if (entry.begin != expected) {
-      return Status::InvalidInput(fmt::format("{}: tensor {} begins at byte {}, expected {}", file, entry.view.name,
-                                              entry.begin, expected));
+      return Status::InvalidInput(fmt::format("{}: tensor {} begins at byte {}, expected {}", file,
+                                              entry.view.name, entry.begin, expected));
     }
     expected = entry.end;
   }
   if (expected != data_bytes) {
-    return Status::InvalidInput(fmt::format("{}: holds {} bytes of tensor data, its header describes {}", file,
-                                            data_bytes, expected));
+    return Status::InvalidInput(fmt::format(
+        "{}: holds {} bytes of tensor data, its header describes {}", file, data_bytes, expected));
   }
   return {};
 }
@@ -110,15 +118,17 @@ Result<SafetensorsFile> SafetensorsFile::Open(const std::filesystem::path& path)
   const std::string file = path.string();
   const std::span<const std::byte> bytes = mapping.bytes();
   if (bytes.size() < kLengthBytes) {
-    return Status::InvalidInput(fmt::format("{}: {} bytes, too short for a safetensors file", file, bytes.size()));
+    return Status::InvalidInput(
+        fmt::format("{}: {} bytes, too short for a safetensors file", file, bytes.size()));
   }
   const uint64_t header_bytes = LittleEndian64(bytes.data());
   if (header_bytes > kLongestHeader || header_bytes > bytes.size() - kLengthBytes) {
-    return Status::InvalidInput(
-        fmt::format("{}: header of {} bytes in a file of {} bytes (truncated, or not a safetensors file)", file,
-                    header_bytes, bytes.size()));
+    return Status::InvalidInput(fmt::format(
+        "{}: header of {} bytes in a file of {} bytes (truncated, or not a safetensors file)", file,
+        header_bytes, bytes.size()));
   }
-  const std::string_view header(reinterpret_cast<const char*>(bytes.data()) + kLengthBytes, header_bytes);
+  const std::string_view header(reinterpret_cast<const char*>(bytes.data()) + kLengthBytes,
+                                header_bytes);
   if (header.empty() || header.front() != '{') {
     return Status::InvalidInput(fmt::format("{}: header does not begin with '{{'", file));
   }
@@ -140,7 +150,8 @@ Result<SafetensorsFile> SafetensorsFile::Open(const std::filesystem::path& path)
   const std::span<const std::byte> data = bytes.subspan(kLengthBytes + header_bytes);
   PQ_RETURN_IF_ERROR(CheckTiling(file, entries, static_cast<int64_t>(data.size())));
   for (Entry& entry : entries) {
-    entry.view.bytes = data.subspan(static_cast<size_t>(entry.begin), static_cast<size_t>(entry.end - entry.begin));
+    entry.view.bytes = data.subspan(static_cast<size_t>(entry.begin),
+                                    static_cast<size_t>(entry.end - entry.begin));
     result.index_[entry.view.name] = result.tensors_.size();
     result.tensors_.push_back(std::move(entry.view));
   }
@@ -159,19 +170,21 @@ std::string SafetensorsHeader(const std::vector<TensorSpec>& specs,
   int64_t offset = 0;
   for (const TensorSpec& spec : specs) {
     const int64_t end = offset + spec.bytes();
-    json[spec.name] = {{"dtype", DTypeName(spec.dtype)}, {"shape", spec.shape}, {"data_offsets", {offset, end}}};
+    json[spec.name] = {
+        {"dtype", DTypeName(spec.dtype)}, {"shape", spec.shape}, {"data_offsets", {offset, end}}};
     offset = end;
   }
   std::string text = json.dump();
   text.append((8 - text.size() % 8) % 8, ' ');
   std::string header(kLengthBytes, '\0');
-  for (size_t i = 0; i < kLengthBytes; ++i) header[i] = static_cast<char>(text.size() >> (8 * i) & 0xff);
+  for (size_t i = 0; i < kLengthBytes; ++i)
+    header[i] = static_cast<char>(text.size() >> (8 * i) & 0xff);
   return header + text;
 }
 
-Result<SafetensorsWriter> SafetensorsWriter::Create(FileSystem& fs, const std::filesystem::path& path,
-                                                    std::vector<TensorSpec> specs,
-                                                    const std::map<std::string, std::string>& metadata) {
+Result<SafetensorsWriter> SafetensorsWriter::Create(
+    FileSystem& fs, const std::filesystem::path& path, std::vector<TensorSpec> specs,
+    const std::map<std::string, std::string>& metadata) {
   SafetensorsWriter writer;
   writer.path_ = path;
   for (const TensorSpec& spec : specs) writer.remaining_ += spec.bytes();
@@ -184,14 +197,16 @@ Result<SafetensorsWriter> SafetensorsWriter::Create(FileSystem& fs, const std::f
 Status SafetensorsWriter::Append(std::span<const std::byte> bytes) {
   remaining_ -= static_cast<int64_t>(bytes.size());
   if (remaining_ < 0) {
-    return Status::System(fmt::format("{}: {} bytes more than its header describes", path_.string(), -remaining_));
+    return Status::System(
+        fmt::format("{}: {} bytes more than its header describes", path_.string(), -remaining_));
   }
   return file_->Append(bytes);
 }
 
 Status SafetensorsWriter::Close() {
   if (remaining_ != 0) {
-    return Status::System(fmt::format("{}: {} bytes fewer than its header describes", path_.string(), remaining_));
+    return Status::System(
+        fmt::format("{}: {} bytes fewer than its header describes", path_.string(), remaining_));
   }
   return file_->Close();
 }

@@ -1,10 +1,10 @@
 #ifndef PRISMAQUANT_IO_SAFETENSORS_H_
 #define PRISMAQUANT_IO_SAFETENSORS_H_
 
-// SafetensorsFile: one memory-mapped .safetensors file whose header obeys every rule of the format (docs/formats.md):
-// header length, offsets without holes or overlap, dtype x shape = bytes, no duplicate names, no trailing bytes.
-// Immutable after Open, hence safe to share between threads. TensorViews point into the mapping and must not
-// outlive the file.
+// SafetensorsFile: one memory-mapped .safetensors file whose header obeys every rule of the format
+// (docs/formats.md): header length, offsets without holes or overlap, dtype x shape = bytes, no
+// duplicate names, no trailing bytes. Immutable after Open, hence safe to share between threads.
+// TensorViews point into the mapping and must not outlive the file.
 
 #include <cstddef>
 #include <cstdint>
@@ -63,12 +63,13 @@ struct TensorSpec {
   int64_t bytes() const;
 };
 
-// The first bytes of a file that holds `specs` in this order: length, JSON, padding to a multiple of 8.
+// The first bytes of a file that holds `specs` in this order: length, JSON, padding to a multiple
+// of 8.
 std::string SafetensorsHeader(const std::vector<TensorSpec>& specs,
                               const std::map<std::string, std::string>& metadata);
 
-// Writes one safetensors file tensor by tensor: the header is fixed at Create, each Append supplies the bytes of the
-// next tensor in the order of `specs`, in one or several pieces.
+// Writes one safetensors file tensor by tensor: the header is fixed at Create, each Append supplies
+// the bytes of the next tensor in the order of `specs`, in one or several pieces.
 class SafetensorsWriter {
  public:
   static Result<SafetensorsWriter> Create(FileSystem& fs, const std::filesystem::path& path,
