@@ -16,22 +16,30 @@ namespace stdfs = std::filesystem;
 constexpr char kSingleFile[] = "model.safetensors";
 constexpr char kIndexFile[] = "model.safetensors.index.json";
 constexpr size_t kSampleBytes = 64 * 1024;
+constexpr uintmax_t kLargestPassthrough = 64 * 1024 * 1024;
+
+// Tensor -> name of the file that holds it.
+using Placement = std::map<std::string, std::string>;
 
 // The shard that the index gives each tensor, checked to be plain file names.
-Result<std::map<std::string, std::string>> ReadIndex(const stdfs::path& path) {
+Result<Placement> ReadIndex(const stdfs::path& path) {
   PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   PQ_ASSIGN_OR_RETURN(const Json index, ParseJson(text, path.string()));
   if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
     return Status::InvalidInput(fmt::format("{}: no weight_map object", path.string()));
   }
-  std::map<std::string, std::string> shards;
+  if (index["weight_map"].empty()) {
+    return Status::InvalidInput(fmt::format("{}: weight_map lists no tensor", path.string()));
+  }
+  Placement shards;
   for (const auto& [tensor, file] : index["weight_map"].items()) {
     if (!file.is_string()) {
       return Status::InvalidInput(
           fmt::format("{}: the file of tensor {} is not a string", path.string(), tensor));
     }
     const auto name = file.get<std::string>();
-    if (name.empty() || name == "." || name == ".." || stdfs::path(name).filename() != name) {
+    if (name.empty() || name == "." || name == ".." || stdfs::path(name).filename() != name ||
+        name.find('\0') != std::string::npos) {
       return Status::InvalidInput(
           fmt::format("{}: tensor {} is said to be in \"{}\", expected a file of this folder",
                       path.string(), tensor, name));
@@ -39,6 +47,26 @@ Result<std::map<std::string, std::string>> ReadIndex(const stdfs::path& path) {
     shards[tensor] = name;
   }
   return shards;
+}
+
+// Where the weights of a folder are: the index, or nothing if all are in the single file.
+Result<Placement> PlaceTensors(const stdfs::path& folder) {
+  std::error_code error;
+  const bool single = stdfs::exists(folder / kSingleFile, error);
+  if (!stdfs::exists(folder / kIndexFile, error)) {
+    if (single) return Placement();
+    return Status::InvalidInput(fmt::format("{}: no weights (neither {} nor {})", folder.string(),
+                                            kSingleFile, kIndexFile));
+  }
+  PQ_ASSIGN_OR_RETURN(Placement index, ReadIndex(folder / kIndexFile));
+  const bool listed = std::any_of(index.begin(), index.end(),
+                                  [](const auto& place) { return place.second == kSingleFile; });
+  if (single && !listed) {
+    return Status::InvalidInput(
+        fmt::format("{}: holds {} and {}, which does not list it; remove one", folder.string(),
+                    kSingleFile, kIndexFile));
+  }
+  return index;
 }
 
 std::string ShardName(size_t shard, size_t count) {
@@ -109,7 +137,10 @@ Status WriteFolder(FileSystem& fs, const stdfs::path& folder, int64_t shard_byte
     std::vector<TensorSpec> specs(all.begin() + static_cast<std::ptrdiff_t>(shards[s].first),
                                   all.begin() + static_cast<std::ptrdiff_t>(shards[s].second));
     for (const TensorSpec& spec : specs) {
-      weight_map[spec.name] = name;
+      if (!weight_map.emplace(spec.name, name).second) {
+        return Status::InvalidInput(
+            fmt::format("{}: tensor {} is planned twice", (folder / name).string(), spec.name));
+      }
       total += spec.bytes();
     }
     PQ_ASSIGN_OR_RETURN(
@@ -129,30 +160,51 @@ Status WriteFolder(FileSystem& fs, const stdfs::path& folder, int64_t shard_byte
   return fs.SyncDirectory(folder);
 }
 
-// Puts the finished folder at `out`; an old `out` is set aside first and restored if the rename
-// fails.
-Status Install(FileSystem& fs, const stdfs::path& partial, const stdfs::path& out) {
+// The folder that holds `out`, and the temporary names beside it.
+struct Siblings {
+  explicit Siblings(const stdfs::path& out)
+      : parent(out.parent_path().empty() ? "." : out.parent_path()),
+        partial(parent / ("." + out.filename().string() + ".partial")),
+        old(parent / ("." + out.filename().string() + ".old")) {}
+  stdfs::path parent, partial, old;
+};
+
+bool Exists(const stdfs::path& path) {
   std::error_code error;
-  const stdfs::path parent = out.parent_path().empty() ? "." : out.parent_path();
-  if (!stdfs::exists(out, error)) {
-    PQ_RETURN_IF_ERROR(fs.Rename(partial, out));
-    return fs.SyncDirectory(parent);
+  return stdfs::exists(stdfs::symlink_status(path, error));
+}
+
+// Puts the finished folder at `out`. An old `out` is set aside first; a failure moves both back.
+Status Install(FileSystem& fs, const Siblings& siblings, const stdfs::path& out) {
+  const bool replaces = Exists(out);
+  if (replaces) {
+    PQ_RETURN_IF_ERROR(fs.RemoveAll(siblings.old));
+    PQ_RETURN_IF_ERROR(fs.Rename(out, siblings.old));
   }
-  const stdfs::path old = parent / ("." + out.filename().string() + ".old");
-  PQ_RETURN_IF_ERROR(fs.RemoveAll(old));
-  PQ_RETURN_IF_ERROR(fs.Rename(out, old));
-  if (Status status = fs.Rename(partial, out); !status.ok()) {
-    std::error_code restore;
-    stdfs::rename(old, out, restore);
-    return status;
-  }
-  PQ_RETURN_IF_ERROR(fs.SyncDirectory(parent));
-  return fs.RemoveAll(old);
+  Status status = fs.Rename(siblings.partial, out);
+  const bool moved = status.ok();
+  if (moved) status = fs.SyncDirectory(siblings.parent);
+  if (status.ok()) return replaces ? fs.RemoveAll(siblings.old) : Status();
+  Status undone = moved ? fs.Rename(out, siblings.partial) : Status();
+  if (undone.ok() && replaces) undone = fs.Rename(siblings.old, out);
+  if (undone.ok()) return status;
+  return Status::System(fmt::format("{}; then {}", status.message(), undone.message()));
+}
+
+// A run that was killed between Install's two renames left no `out`: its old folder goes back.
+Status Recover(FileSystem& fs, const Siblings& siblings, const stdfs::path& out) {
+  if (Exists(out) || !Exists(siblings.old)) return {};
+  PQ_RETURN_IF_ERROR(fs.Rename(siblings.old, out));
+  return fs.SyncDirectory(siblings.parent);
 }
 
 Status CheckDestination(const stdfs::path& out, bool overwrite) {
   std::error_code error;
-  if (!stdfs::exists(out, error)) return {};
+  if (out.filename().empty() || out.filename() == "." || out.filename() == "..") {
+    return Status::InvalidInput(
+        fmt::format("{}: is no name for a folder to be written", out.string()));
+  }
+  if (!Exists(out)) return {};
   if (!overwrite) {
     return Status::InvalidInput(
         fmt::format("{}: exists already; --overwrite replaces it", out.string()));
@@ -180,6 +232,7 @@ bool IsPassthroughName(const std::string& name) {
                                                "processor_config.json",
                                                "configuration.json",
                                                "chat_template.json"};
+  if (name.starts_with(".")) return false;
   return kNames.count(name) > 0 || name.ends_with(".jinja") || name.ends_with(".py") ||
          name.starts_with("LICENSE") || name.starts_with("NOTICE");
 }
@@ -193,41 +246,19 @@ Result<Checkpoint> Checkpoint::Open(const stdfs::path& folder) {
   }
   Checkpoint checkpoint;
   checkpoint.folder_ = folder;
-  PQ_ASSIGN_OR_RETURN(const std::string config, ReadFile(folder / "config.json"));
-  PQ_ASSIGN_OR_RETURN(checkpoint.config_, ParseJson(config, (folder / "config.json").string()));
-
-  std::map<std::string, std::string> index;
-  std::set<std::string> shard_names;
-  if (stdfs::exists(folder / kIndexFile, error)) {
-    PQ_ASSIGN_OR_RETURN(index, ReadIndex(folder / kIndexFile));
-    for (const auto& [tensor, file] : index) shard_names.insert(file);
-  } else if (stdfs::exists(folder / kSingleFile, error)) {
-    shard_names.insert(kSingleFile);
-  } else {
-    return Status::InvalidInput(fmt::format("{}: no weights (neither {} nor {})", folder.string(),
-                                            kSingleFile, kIndexFile));
+  const std::string config_path = (folder / "config.json").string();
+  PQ_ASSIGN_OR_RETURN(const std::string config, ReadFile(config_path));
+  PQ_ASSIGN_OR_RETURN(checkpoint.config_, ParseJson(config, config_path));
+  if (!checkpoint.config_.is_object()) {
+    return Status::InvalidInput(
+        fmt::format("{}: is {}, expected an object", config_path, checkpoint.config_.type_name()));
   }
-  for (const std::string& name : shard_names) {
-    if (!stdfs::exists(folder / name, error)) {
-      return Status::InvalidInput(
-          fmt::format("{}: lists {}, which does not exist", (folder / kIndexFile).string(), name));
-    }
-    PQ_ASSIGN_OR_RETURN(SafetensorsFile opened, SafetensorsFile::Open(folder / name));
-    auto file = std::make_shared<const SafetensorsFile>(std::move(opened));
-    checkpoint.file_bytes_ += static_cast<int64_t>(file->mapping().bytes().size());
-    for (const TensorView& tensor : file->tensors()) {
-      if (!index.empty() && (!index.count(tensor.name) || index[tensor.name] != name)) {
-        const std::string said = index.count(tensor.name) ? "in " + index[tensor.name] : "nowhere";
-        return Status::InvalidInput(fmt::format("{}: holds tensor {}, which the index places {}",
-                                                (folder / name).string(), tensor.name, said));
-      }
-      checkpoint.index_[tensor.name] = &tensor;
-      checkpoint.file_of_[tensor.name] = file.get();
-      checkpoint.names_.push_back(tensor.name);
-      checkpoint.parameters_ += tensor.elements();
-    }
-    checkpoint.files_.push_back(std::move(file));
-  }
+  Placement index;
+  PQ_ASSIGN_OR_RETURN(index, PlaceTensors(folder));
+  std::set<std::string> names;
+  for (const auto& [tensor, file] : index) names.insert(file);
+  if (index.empty()) names.insert(kSingleFile);
+  for (const std::string& name : names) PQ_RETURN_IF_ERROR(checkpoint.AddFile(name, index));
   for (const auto& [tensor, file] : index) {
     if (!checkpoint.index_.count(tensor)) {
       return Status::InvalidInput(fmt::format("{}: tensor {} is missing, though the index lists it",
@@ -235,6 +266,33 @@ Result<Checkpoint> Checkpoint::Open(const stdfs::path& folder) {
     }
   }
   return checkpoint;
+}
+
+Status Checkpoint::AddFile(const std::string& name,
+                           const std::map<std::string, std::string>& index) {
+  const stdfs::path path = folder_ / name;
+  std::error_code error;
+  if (!stdfs::exists(path, error)) {
+    return Status::InvalidInput(
+        fmt::format("{}: lists {}, which does not exist", (folder_ / kIndexFile).string(), name));
+  }
+  PQ_ASSIGN_OR_RETURN(SafetensorsFile opened, SafetensorsFile::Open(path));
+  const auto file = std::make_shared<const SafetensorsFile>(std::move(opened));
+  for (const TensorView& tensor : file->tensors()) {
+    const auto place = index.find(tensor.name);
+    if (!index.empty() && (place == index.end() || place->second != name)) {
+      const std::string said = place == index.end() ? "nowhere" : "in " + place->second;
+      return Status::InvalidInput(fmt::format("{}: holds tensor {}, which the index places {}",
+                                              path.string(), tensor.name, said));
+    }
+    index_[tensor.name] = &tensor;
+    file_of_[tensor.name] = file.get();
+    names_.push_back(tensor.name);
+    parameters_ += tensor.elements();
+  }
+  file_bytes_ += static_cast<int64_t>(file->mapping().bytes().size());
+  files_.push_back(file);
+  return {};
 }
 
 const TensorView* Checkpoint::Find(const std::string& name) const {
@@ -274,9 +332,10 @@ Result<std::string> Checkpoint::Fingerprint() const {
       data_bytes += static_cast<int64_t>(tensor.bytes.size());
     hash.Update(fmt::format("{} ", bytes.size()));
     hash.Update(bytes.first(bytes.size() - static_cast<size_t>(data_bytes)));
-    const size_t sample = std::min(kSampleBytes, bytes.size());
-    for (const size_t begin : {size_t{0}, (bytes.size() - sample) / 2, bytes.size() - sample}) {
-      hash.Update(bytes.subspan(begin, sample));
+    const std::span<const std::byte> data = bytes.last(static_cast<size_t>(data_bytes));
+    const size_t sample = std::min(kSampleBytes, data.size());
+    for (const size_t begin : {size_t{0}, (data.size() - sample) / 2, data.size() - sample}) {
+      hash.Update(data.subspan(begin, sample));
     }
   }
   return hash.Hex();
@@ -284,13 +343,14 @@ Result<std::string> Checkpoint::Fingerprint() const {
 
 Status RequireUnquantized(const Checkpoint& checkpoint) {
   const Json& config = checkpoint.config();
+  const auto text_config = config.find("text_config");
   const Json* found = nullptr;
-  for (const char* key : {"quantization_config", "compression_config"}) {
-    if (config.contains(key)) found = &config[key];
-    if (config.contains("text_config") && config["text_config"].contains(key))
-      found = &config["text_config"][key];
+  for (const Json* owner : {&config, text_config == config.end() ? &config : &*text_config}) {
+    for (const char* key : {"quantization_config", "compression_config"}) {
+      if (owner->contains(key) && !(*owner)[key].is_null()) found = &(*owner)[key];
+    }
   }
-  if (found == nullptr || found->is_null()) return {};
+  if (found == nullptr) return {};
   const auto text = [&](const char* key) {
     return found->is_object() && found->contains(key) && (*found)[key].is_string()
                ? (*found)[key].get<std::string>()
@@ -304,18 +364,18 @@ Status RequireUnquantized(const Checkpoint& checkpoint) {
 Status CheckpointWriter::Write(FileSystem& fs, const stdfs::path& out, const Options& options,
                                const std::vector<Tensor>& tensors,
                                const std::map<std::string, std::string>& files) {
-  PQ_RETURN_IF_ERROR(CheckDestination(out, options.overwrite));
-  const stdfs::path parent = out.parent_path().empty() ? "." : out.parent_path();
-  const stdfs::path partial = parent / ("." + out.filename().string() + ".partial");
-  PQ_RETURN_IF_ERROR(fs.RemoveAll(partial));
-  Status status = WriteFolder(fs, partial, options.shard_bytes, tensors, files);
-  if (status.ok() && options.check) status = options.check(partial);
-  if (status.ok()) status = Install(fs, partial, out);
-  if (!status.ok()) {
-    std::error_code ignored;
-    stdfs::remove_all(partial, ignored);
-  }
-  return status;
+  const stdfs::path target = out.has_filename() ? out : out.parent_path();
+  const Siblings siblings(target);
+  PQ_RETURN_IF_ERROR(Recover(fs, siblings, target));
+  PQ_RETURN_IF_ERROR(CheckDestination(target, options.overwrite));
+  PQ_RETURN_IF_ERROR(fs.RemoveAll(siblings.partial));
+  Status status = WriteFolder(fs, siblings.partial, options.shard_bytes, tensors, files);
+  if (status.ok() && options.check) status = options.check(siblings.partial);
+  if (status.ok()) status = Install(fs, siblings, target);
+  if (status.ok()) return status;
+  const Status cleanup = fs.RemoveAll(siblings.partial);
+  if (cleanup.ok()) return status;
+  return Status::System(fmt::format("{}; then {}", status.message(), cleanup.message()));
 }
 
 int64_t CheckpointWriter::FileBytes(const std::vector<TensorSpec>& specs, const Options& options) {
@@ -331,14 +391,20 @@ int64_t CheckpointWriter::FileBytes(const std::vector<TensorSpec>& specs, const 
 
 Result<std::map<std::string, std::string>> PassthroughFiles(const stdfs::path& folder) {
   std::map<std::string, std::string> files;
-  std::error_code error;
-  for (const auto& entry : stdfs::directory_iterator(folder, error)) {
-    const std::string name = entry.path().filename().string();
-    if (!entry.is_regular_file(error) || !IsPassthroughName(name)) continue;
-    PQ_ASSIGN_OR_RETURN(files[name], ReadFile(entry.path()));
+  std::error_code listing;
+  for (stdfs::directory_iterator entry(folder, listing), end; !listing && entry != end;
+       entry.increment(listing)) {
+    const std::string name = entry->path().filename().string();
+    if (!IsPassthroughName(name)) continue;
+    std::error_code unknown;
+    if (!entry->is_regular_file(unknown)) continue;
+    const uintmax_t size = entry->file_size(unknown);
+    if (unknown || size > kLargestPassthrough) continue;
+    PQ_ASSIGN_OR_RETURN(files[name], ReadFile(entry->path()));
   }
-  if (error)
-    return Status::System(fmt::format("{}: listing: {}", folder.string(), error.message()));
+  if (listing) {
+    return Status::System(fmt::format("{}: listing: {}", folder.string(), listing.message()));
+  }
   return files;
 }
 

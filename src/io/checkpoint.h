@@ -15,6 +15,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -45,13 +46,16 @@ class Checkpoint {
   int64_t file_bytes() const { return file_bytes_; }
   // Number of elements of all tensors.
   int64_t parameters() const { return parameters_; }
-  // Hex SHA-256 over config.json, tokenizer.json (if any), every header and a sample of every
-  // file's data: two checkpoints with the same fingerprint are the same for all that the run store
-  // cares about.
+  // Hex SHA-256 over config.json, tokenizer.json (if any) and, of every weights file, the size, the
+  // header and the first, middle and last 64 KiB of data: two checkpoints with the same fingerprint
+  // are the same for all that the run store cares about.
   Result<std::string> Fingerprint() const;
 
  private:
   Checkpoint() = default;
+  // Opens a file of the folder; `index` (empty: none) places its tensors.
+  Status AddFile(const std::string& name, const std::map<std::string, std::string>& index);
+
   std::filesystem::path folder_;
   Json config_;
   std::vector<std::shared_ptr<const SafetensorsFile>> files_;
@@ -82,9 +86,11 @@ class CheckpointWriter {
   };
 
   // Writes tensors (in the given order, cut into shards), an index if there is more than one shard,
-  // and `files` (name -> contents); finishes by renaming the temporary folder to `out`. On any
-  // failure the temporary folder is removed and `out` is as it was. Existing `out` without
-  // overwrite is kInvalidInput.
+  // and `files` (name -> contents); finishes by renaming the temporary folder `.<name>.partial` to
+  // `out`. On any failure the temporary folder is removed and `out` is as it was; only missing
+  // parents of `out` that were made stay. With overwrite the old folder waits as `.<name>.old`
+  // until the new one is in place; a later Write finishes what a killed one left. kInvalidInput:
+  // `out` exists without overwrite, or is a folder without config.json that is not empty.
   static Status Write(FileSystem& fs, const std::filesystem::path& out, const Options& options,
                       const std::vector<Tensor>& tensors,
                       const std::map<std::string, std::string>& files);
@@ -93,8 +99,8 @@ class CheckpointWriter {
 };
 
 // The files that are copied unchanged from a source checkpoint (tokenizer, processor, chat
-// template, generation settings, licence): name -> contents. config.json and README.md are not
-// among them.
+// template, generation settings, model code, licence): name -> contents. Neither config.json nor
+// README.md, nor hidden files, folders and files above 64 MiB.
 Result<std::map<std::string, std::string>> PassthroughFiles(const std::filesystem::path& folder);
 
 }  // namespace prismaquant

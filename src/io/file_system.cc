@@ -9,8 +9,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -20,9 +18,55 @@ namespace {
 namespace stdfs = std::filesystem;
 
 constexpr size_t kBufferBytes = 1 << 20;
+constexpr size_t kReadBytes = 1 << 16;
 
 Status SystemError(const stdfs::path& path, const char* doing, int error) {
   return Status::System(fmt::format("{}: {}: {}", path.string(), doing, std::strerror(error)));
+}
+
+// A path that the user got wrong, as opposed to a machine that fails.
+bool IsWrongPath(int error) {
+  return error == ENOENT || error == ENOTDIR || error == EACCES || error == EISDIR ||
+         error == ELOOP || error == ENAMETOOLONG;
+}
+
+// An open descriptor that is closed with the object.
+class Descriptor {
+ public:
+  explicit Descriptor(int value) : value_(value) {}
+  Descriptor(Descriptor&& other) noexcept : value_(std::exchange(other.value_, -1)) {}
+  Descriptor& operator=(Descriptor&&) = delete;
+  ~Descriptor() {
+    if (value_ >= 0) ::close(value_);
+  }
+  int get() const { return value_; }
+
+ private:
+  int value_;
+};
+
+struct InputFile {
+  Descriptor descriptor;
+  size_t size;
+};
+
+// Opens an existing regular file for reading.
+Result<InputFile> OpenInput(const stdfs::path& path) {
+  Descriptor descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (descriptor.get() < 0) {
+    const int error = errno;
+    if (error == ENOENT) {
+      return Status::InvalidInput(fmt::format("{}: no such file", path.string()));
+    }
+    const Status status = SystemError(path, "opening", error);
+    return IsWrongPath(error) ? Status::InvalidInput(status.message()) : status;
+  }
+  struct stat info {};
+  if (::fstat(descriptor.get(), &info) != 0) return SystemError(path, "inspecting", errno);
+  if (!S_ISREG(info.st_mode)) {
+    return Status::InvalidInput(fmt::format("{}: not a regular file", path.string()));
+  }
+  return InputFile{std::move(descriptor), static_cast<size_t>(info.st_size)};
 }
 
 class PosixWritableFile : public WritableFile {
@@ -60,7 +104,7 @@ class PosixWritableFile : public WritableFile {
     while (!bytes.empty()) {
       const ssize_t written = ::write(descriptor_, bytes.data(), bytes.size());
       if (written < 0 && errno == EINTR) continue;
-      if (written < 0) return SystemError(path_, "writing", errno);
+      if (written <= 0) return SystemError(path_, "writing", written < 0 ? errno : EIO);
       bytes = bytes.subspan(static_cast<size_t>(written));
     }
     return {};
@@ -98,7 +142,8 @@ class PosixFileSystem : public FileSystem {
     const int code = ::fsync(descriptor);
     const int error = errno;
     ::close(descriptor);
-    return code == 0 ? Status() : SystemError(path, "syncing the folder", error);
+    // EINVAL: the file system has no such operation and needs none.
+    return code == 0 || error == EINVAL ? Status() : SystemError(path, "syncing the folder", error);
   }
 };
 
@@ -116,51 +161,54 @@ FileSystem& FileSystem::Default() {
   return file_system;
 }
 
-Status WriteFileAtomically(FileSystem& fs, const stdfs::path& path, std::string_view contents) {
-  const stdfs::path partial = path.string() + ".partial";
-  PQ_ASSIGN_OR_RETURN(std::unique_ptr<WritableFile> file, fs.Create(partial));
+namespace {
+
+Status WriteAndRename(FileSystem& fs, const stdfs::path& partial, const stdfs::path& path,
+                      std::string_view contents) {
+  PQ_ASSIGN_OR_RETURN(const std::unique_ptr<WritableFile> file, fs.Create(partial));
   PQ_RETURN_IF_ERROR(file->Append(std::as_bytes(std::span(contents))));
   PQ_RETURN_IF_ERROR(file->Close());
-  PQ_RETURN_IF_ERROR(fs.Rename(partial, path));
+  return fs.Rename(partial, path);
+}
+
+}  // namespace
+
+Status WriteFileAtomically(FileSystem& fs, const stdfs::path& path, std::string_view contents) {
+  const stdfs::path partial = path.string() + ".partial";
+  if (Status status = WriteAndRename(fs, partial, path, contents); !status.ok()) {
+    const Status cleanup = fs.RemoveAll(partial);
+    return cleanup.ok()
+               ? status
+               : Status::System(fmt::format("{}; then {}", status.message(), cleanup.message()));
+  }
   return fs.SyncDirectory(path.parent_path().empty() ? "." : path.parent_path());
 }
 
 Result<std::string> ReadFile(const stdfs::path& path) {
-  std::error_code error;
-  if (!stdfs::is_regular_file(path, error)) {
-    return Status::InvalidInput(fmt::format("{}: no such file", path.string()));
+  PQ_ASSIGN_OR_RETURN(const InputFile file, OpenInput(path));
+  std::string contents(file.size, '\0');
+  size_t filled = 0;
+  while (true) {
+    if (filled == contents.size()) contents.resize(filled + kReadBytes);
+    const ssize_t got =
+        ::read(file.descriptor.get(), contents.data() + filled, contents.size() - filled);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return SystemError(path, "reading", errno);
+    if (got == 0) break;
+    filled += static_cast<size_t>(got);
   }
-  std::ifstream stream(path, std::ios::binary);
-  std::string contents((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
-  if (!stream.is_open() || stream.bad()) {
-    return Status::InvalidInput(fmt::format("{}: cannot be read", path.string()));
-  }
+  contents.resize(filled);
   return contents;
 }
 
 Result<MappedFile> MappedFile::Open(const stdfs::path& path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) {
-    return Status::InvalidInput(
-        fmt::format("{}: opening: {}", path.string(), std::strerror(errno)));
-  }
-  struct stat info {};
-  if (::fstat(descriptor, &info) != 0 || !S_ISREG(info.st_mode)) {
-    ::close(descriptor);
-    return Status::InvalidInput(fmt::format("{}: not a regular file", path.string()));
-  }
+  PQ_ASSIGN_OR_RETURN(const InputFile input, OpenInput(path));
   MappedFile file;
-  file.size_ = static_cast<size_t>(info.st_size);
-  if (file.size_ > 0) {
-    void* data = ::mmap(nullptr, file.size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
-    if (data == MAP_FAILED) {
-      const int error = errno;
-      ::close(descriptor);
-      return SystemError(path, "mapping", error);
-    }
-    file.data_ = static_cast<const std::byte*>(data);
-  }
-  ::close(descriptor);
+  if (input.size == 0) return file;
+  void* data = ::mmap(nullptr, input.size, PROT_READ, MAP_PRIVATE, input.descriptor.get(), 0);
+  if (data == MAP_FAILED) return SystemError(path, "mapping", errno);
+  file.data_ = static_cast<const std::byte*>(data);
+  file.size_ = input.size;
   return file;
 }
 

@@ -42,9 +42,10 @@ class FileSystem {
 };
 
 // Writes `contents` beside `path`, syncs, and renames over it: afterwards `path` holds the old or
-// the new contents.
+// the new contents, and nothing lies beside it.
 Status WriteFileAtomically(FileSystem& fs, const std::filesystem::path& path,
                            std::string_view contents);
+// The whole file. A missing, unreadable or irregular file is kInvalidInput, a failing read kSystem.
 Result<std::string> ReadFile(const std::filesystem::path& path);
 
 // A read-only memory mapping of a whole file. Move-only.

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <optional>
+#include <set>
+#include <string_view>
 #include <utility>
 
 #include "base/json.h"
@@ -14,6 +17,7 @@ namespace {
 
 constexpr uint64_t kLongestHeader = 100'000'000;
 constexpr size_t kLengthBytes = 8;
+constexpr char kMetadataKey[] = "__metadata__";
 
 uint64_t LittleEndian64(const std::byte* bytes) {
   uint64_t value = 0;
@@ -30,8 +34,39 @@ std::optional<int64_t> Elements(const std::vector<int64_t>& shape) {
   return product;
 }
 
+std::optional<int64_t> Bytes(DType dtype, const std::vector<int64_t>& shape) {
+  const std::optional<int64_t> elements = Elements(shape);
+  int64_t bytes = 0;
+  if (!elements || __builtin_mul_overflow(*elements, DTypeBytes(dtype), &bytes))
+    return std::nullopt;
+  return bytes;
+}
+
 std::string ShapeText(const std::vector<int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
+}
+
+// JSON with unpaired UTF-8 replaced rather than thrown at.
+std::string JsonText(const Json& value) {
+  return value.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+// A value of a header for an error message.
+std::string Excerpt(const Json& json) {
+  constexpr size_t kLongest = 60;
+  std::string text = json.is_structured() && json.size() > kLongest
+                         ? fmt::format("{} of {}", json.type_name(), json.size())
+                         : JsonText(json);
+  return text.size() > kLongest ? text.substr(0, kLongest) + "..." : text;
+}
+
+// A list of integers, each of which an int64_t holds.
+bool IsIntegers(const Json& json) {
+  return json.is_array() && std::all_of(json.begin(), json.end(), [](const Json& value) {
+           return value.is_number_integer() &&
+                  (!value.is_number_unsigned() ||
+                   value.get<uint64_t>() <= uint64_t{std::numeric_limits<int64_t>::max()});
+         });
 }
 
 struct Entry {
@@ -43,47 +78,51 @@ Result<Entry> ParseEntry(const std::string& file, const std::string& name, const
   const auto bad = [&](const std::string& what) {
     return Status::InvalidInput(fmt::format("{}: tensor {}: {}", file, name, what));
   };
-  if (!json.is_object()) return bad("its header entry is not an object");
-  PQ_ASSIGN_OR_RETURN(const std::string dtype_name,
-                      JsonString(json, "dtype", file + ": tensor " + name));
-  const std::optional<DType> dtype = ParseDType(dtype_name);
-  if (!dtype) return bad(fmt::format("unknown dtype {}", dtype_name));
-  const auto is_integers = [&](const char* key) {
-    return json.contains(key) && json[key].is_array() &&
-           std::all_of(json[key].begin(), json[key].end(),
-                       [](const Json& v) { return v.is_number_integer(); });
-  };
-  if (!is_integers("shape")) return bad("shape is not a list of integers");
-  if (!is_integers("data_offsets") || json["data_offsets"].size() != 2) {
-    return bad("data_offsets is not a pair of integers");
+  if (!json.is_object()) return bad(fmt::format("is {}, expected an object", Excerpt(json)));
+  for (const char* key : {"dtype", "shape", "data_offsets"}) {
+    if (!json.contains(key)) return bad(fmt::format("{} is missing", key));
+  }
+  const Json &dtype = json["dtype"], &shape = json["shape"], &offsets = json["data_offsets"];
+  const auto parsed =
+      dtype.is_string() ? ParseDType(dtype.get_ref<const std::string&>()) : std::optional<DType>();
+  if (!parsed) return bad(fmt::format("unknown dtype {}, expected one as BF16", Excerpt(dtype)));
+  if (!IsIntegers(shape)) {
+    return bad(fmt::format("shape is {}, expected a list of integers", Excerpt(shape)));
+  }
+  if (!IsIntegers(offsets) || offsets.size() != 2) {
+    return bad(fmt::format("data_offsets is {}, expected two integers", Excerpt(offsets)));
   }
   Entry entry;
   entry.view.name = name;
-  entry.view.dtype = *dtype;
-  entry.view.shape = json["shape"].get<std::vector<int64_t>>();
-  entry.begin = json["data_offsets"][0].get<int64_t>();
-  entry.end = json["data_offsets"][1].get<int64_t>();
-  const std::optional<int64_t> elements = Elements(entry.view.shape);
-  int64_t bytes = 0;
-  if (!elements || __builtin_mul_overflow(*elements, DTypeBytes(*dtype), &bytes)) {
+  entry.view.dtype = *parsed;
+  entry.view.shape = shape.get<std::vector<int64_t>>();
+  entry.begin = offsets[0].get<int64_t>();
+  entry.end = offsets[1].get<int64_t>();
+  const std::optional<int64_t> bytes = Bytes(*parsed, entry.view.shape);
+  if (!bytes) {
     return bad(fmt::format("shape {} is negative or too large", ShapeText(entry.view.shape)));
   }
-  if (entry.begin < 0 || entry.end < entry.begin || entry.end - entry.begin != bytes) {
+  if (entry.begin < 0 || entry.end < entry.begin) {
+    return bad(fmt::format("data_offsets {} do not ascend from 0", Excerpt(offsets)));
+  }
+  if (entry.end - entry.begin != *bytes) {
     return bad(fmt::format("data_offsets [{}, {}] hold {} bytes, expected {} for {} {}",
-                           entry.begin, entry.end, entry.end - entry.begin, bytes, dtype_name,
-                           ShapeText(entry.view.shape)));
+                           entry.begin, entry.end, entry.end - entry.begin, *bytes,
+                           DTypeName(*parsed), ShapeText(entry.view.shape)));
   }
   return entry;
 }
 
 Status ParseMetadata(const std::string& file, const Json& json,
                      std::map<std::string, std::string>& metadata) {
-  if (!json.is_object())
-    return Status::InvalidInput(fmt::format("{}: __metadata__ is not an object", file));
+  if (!json.is_object()) {
+    return Status::InvalidInput(
+        fmt::format("{}: __metadata__ is {}, expected an object", file, Excerpt(json)));
+  }
   for (const auto& [key, value] : json.items()) {
     if (!value.is_string()) {
-      return Status::InvalidInput(
-          fmt::format("{}: __metadata__ \"{}\" is not a string", file, key));
+      return Status::InvalidInput(fmt::format("{}: __metadata__ \"{}\" is {}, expected a string",
+                                              file, key, Excerpt(value)));
     }
     metadata[key] = value.get<std::string>();
   }
@@ -107,6 +146,48 @@ Status CheckTiling(const std::string& file, const std::vector<Entry>& entries, i
   return {};
 }
 
+// The JSON between the length and the tensor data.
+Result<std::string_view> HeaderText(const std::string& file, std::span<const std::byte> bytes) {
+  if (bytes.size() < kLengthBytes) {
+    return Status::InvalidInput(
+        fmt::format("{}: {} bytes, too short for a safetensors file", file, bytes.size()));
+  }
+  const uint64_t size = LittleEndian64(bytes.data());
+  if (size > kLongestHeader || size > bytes.size() - kLengthBytes) {
+    return Status::InvalidInput(fmt::format(
+        "{}: header of {} bytes in a file of {} bytes (truncated, or not a safetensors file)", file,
+        size, bytes.size()));
+  }
+  const std::string_view header(reinterpret_cast<const char*>(bytes.data()) + kLengthBytes, size);
+  if (header.empty() || header.front() != '{') {
+    return Status::InvalidInput(fmt::format("{}: header does not begin with '{{'", file));
+  }
+  if (const size_t nul = header.find('\0'); nul != std::string_view::npos) {
+    return Status::InvalidInput(
+        fmt::format("{}: header holds a NUL at byte {}, expected JSON and spaces", file, nul));
+  }
+  return header;
+}
+
+// What SafetensorsFile::Open would reject about specs of a file to be written.
+Status CheckSpecs(const std::string& file, const std::vector<TensorSpec>& specs) {
+  std::set<std::string_view> names;
+  int64_t total = 0;
+  for (const TensorSpec& spec : specs) {
+    if (spec.name == kMetadataKey || !names.insert(spec.name).second) {
+      return Status::InvalidInput(fmt::format("{}: tensor {}: its name is {}, expected a new one",
+                                              file, spec.name,
+                                              spec.name == kMetadataKey ? "reserved" : "taken"));
+    }
+    const std::optional<int64_t> bytes = Bytes(spec.dtype, spec.shape);
+    if (!bytes || __builtin_add_overflow(total, *bytes, &total)) {
+      return Status::InvalidInput(fmt::format("{}: tensor {}: shape {} is negative or too large",
+                                              file, spec.name, ShapeText(spec.shape)));
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 int64_t TensorView::elements() const { return Elements(shape).value_or(0); }
@@ -117,37 +198,23 @@ Result<SafetensorsFile> SafetensorsFile::Open(const std::filesystem::path& path)
   PQ_ASSIGN_OR_RETURN(MappedFile mapping, MappedFile::Open(path));
   const std::string file = path.string();
   const std::span<const std::byte> bytes = mapping.bytes();
-  if (bytes.size() < kLengthBytes) {
-    return Status::InvalidInput(
-        fmt::format("{}: {} bytes, too short for a safetensors file", file, bytes.size()));
-  }
-  const uint64_t header_bytes = LittleEndian64(bytes.data());
-  if (header_bytes > kLongestHeader || header_bytes > bytes.size() - kLengthBytes) {
-    return Status::InvalidInput(fmt::format(
-        "{}: header of {} bytes in a file of {} bytes (truncated, or not a safetensors file)", file,
-        header_bytes, bytes.size()));
-  }
-  const std::string_view header(reinterpret_cast<const char*>(bytes.data()) + kLengthBytes,
-                                header_bytes);
-  if (header.empty() || header.front() != '{') {
-    return Status::InvalidInput(fmt::format("{}: header does not begin with '{{'", file));
-  }
+  PQ_ASSIGN_OR_RETURN(const std::string_view header, HeaderText(file, bytes));
   PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(header, file));
 
   SafetensorsFile result(path, std::move(mapping));
   std::vector<Entry> entries;
   for (const auto& [name, value] : json.items()) {
-    if (name == "__metadata__") {
+    if (name == kMetadataKey) {
       PQ_RETURN_IF_ERROR(ParseMetadata(file, value, result.metadata_));
       continue;
     }
     PQ_ASSIGN_OR_RETURN(Entry entry, ParseEntry(file, name, value));
     entries.push_back(std::move(entry));
   }
-  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+  std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
     return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
   });
-  const std::span<const std::byte> data = bytes.subspan(kLengthBytes + header_bytes);
+  const std::span<const std::byte> data = bytes.subspan(kLengthBytes + header.size());
   PQ_RETURN_IF_ERROR(CheckTiling(file, entries, static_cast<int64_t>(data.size())));
   for (Entry& entry : entries) {
     entry.view.bytes = data.subspan(static_cast<size_t>(entry.begin),
@@ -165,31 +232,39 @@ const TensorView* SafetensorsFile::Find(const std::string& name) const {
 
 std::string SafetensorsHeader(const std::vector<TensorSpec>& specs,
                               const std::map<std::string, std::string>& metadata) {
-  nlohmann::ordered_json json = nlohmann::ordered_json::object();
-  if (!metadata.empty()) json["__metadata__"] = metadata;
+  std::string text = "{";
+  if (!metadata.empty()) text += fmt::format("\"__metadata__\":{}", JsonText(metadata));
   int64_t offset = 0;
   for (const TensorSpec& spec : specs) {
     const int64_t end = offset + spec.bytes();
-    json[spec.name] = {
-        {"dtype", DTypeName(spec.dtype)}, {"shape", spec.shape}, {"data_offsets", {offset, end}}};
+    text += fmt::format("{}{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
+                        text.size() > 1 ? "," : "", JsonText(spec.name), DTypeName(spec.dtype),
+                        fmt::join(spec.shape, ","), offset, end);
     offset = end;
   }
-  std::string text = json.dump();
+  text += "}";
   text.append((8 - text.size() % 8) % 8, ' ');
   std::string header(kLengthBytes, '\0');
-  for (size_t i = 0; i < kLengthBytes; ++i)
+  for (size_t i = 0; i < kLengthBytes; ++i) {
     header[i] = static_cast<char>(text.size() >> (8 * i) & 0xff);
+  }
   return header + text;
 }
 
 Result<SafetensorsWriter> SafetensorsWriter::Create(
     FileSystem& fs, const std::filesystem::path& path, std::vector<TensorSpec> specs,
     const std::map<std::string, std::string>& metadata) {
+  PQ_RETURN_IF_ERROR(CheckSpecs(path.string(), specs));
+  const std::string header = SafetensorsHeader(specs, metadata);
+  if (header.size() - kLengthBytes > kLongestHeader) {
+    return Status::InvalidInput(fmt::format("{}: a header of {} bytes, expected at most {}",
+                                            path.string(), header.size() - kLengthBytes,
+                                            kLongestHeader));
+  }
   SafetensorsWriter writer;
   writer.path_ = path;
   for (const TensorSpec& spec : specs) writer.remaining_ += spec.bytes();
   PQ_ASSIGN_OR_RETURN(writer.file_, fs.Create(path));
-  const std::string header = SafetensorsHeader(specs, metadata);
   PQ_RETURN_IF_ERROR(writer.file_->Append(std::as_bytes(std::span(header))));
   return writer;
 }
