@@ -1,0 +1,10 @@
+# Runs PYTHON SCRIPT OUT unless OUT is there already; OUT appears only when complete.
+if(EXISTS ${OUT})
+  return()
+endif()
+file(REMOVE_RECURSE ${OUT}.part)
+execute_process(COMMAND ${PYTHON} ${SCRIPT} ${OUT}.part RESULT_VARIABLE failed)
+if(failed)
+  message(FATAL_ERROR "${SCRIPT} failed: ${failed}")
+endif()
+file(RENAME ${OUT}.part ${OUT})
