@@ -1,7 +1,5 @@
 #include "kernels/codec_rows.h"
 
-#include <limits>
-
 #include "kernels/minifloat.h"
 
 namespace prismaquant::rows {
@@ -9,15 +7,16 @@ namespace {
 
 // What compressed-tensors puts in place of a group scale that rounds to zero.
 constexpr float kNvfp4ZeroScale = 0.125F;
-constexpr float kFp8ZeroScale = std::numeric_limits<float>::epsilon();
 
 // The group scale as stored, an E4M3 value.
 PQ_INLINE float Nvfp4GroupScale(const float* group, float global_scale) {
-  const float scale = RoundToE4M3(global_scale * (LargestMagnitude(group, kNvfp4GroupSize) / kE2M1Max));
+  const float scale =
+      RoundToE4M3(global_scale * (LargestMagnitude(group, kNvfp4GroupSize) / kE2M1Max));
   return scale == 0.0F ? kNvfp4ZeroScale : scale;
 }
 
-// Adding zero turns -0 into +0, as the zero point of compressed-tensors' dynamic quantizer does.
+// Adding zero turns -0 into +0, as compressed-tensors' E2M1 rounding and the zero point of its
+// activation quantizers do. A negative number that rounds to zero keeps its sign.
 PQ_INLINE float WithoutNegativeZero(float x) { return x + 0.0F; }
 
 }  // namespace
@@ -30,23 +29,21 @@ void Nvfp4Encode(const float* w, int64_t in, float global_scale, uint8_t* packed
     const float effective = stored / global_scale;
     scale[g] = EncodeE4M3(stored);
     uint8_t codes[kNvfp4GroupSize];
-    for (int64_t i = 0; i < kNvfp4GroupSize; ++i) codes[i] = EncodeE2M1(RoundToE2M1(group[i] / effective));
-    for (int64_t i = 0; i < kNvfp4GroupSize / 2; ++i) {
-      packed[g * kNvfp4GroupSize / 2 + i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
-    }
+    for (int64_t i = 0; i < kNvfp4GroupSize; ++i)
+      codes[i] = EncodeE2M1(RoundToE2M1(WithoutNegativeZero(group[i] / effective)));
+    PackNibbles(codes, packed + g * kNvfp4GroupSize / 2);
   }
 }
 
 PQ_MULTIVERSION
-void Nvfp4Decode(const uint8_t* packed, const uint8_t* scale, int64_t in, float global_scale, float* w) {
+void Nvfp4Decode(const uint8_t* packed, const uint8_t* scale, int64_t in, float global_scale,
+                 float* w) {
   for (int64_t g = 0; g < in / kNvfp4GroupSize; ++g) {
     const float effective = DecodeE4M3(scale[g]) / global_scale;
-    for (int64_t i = 0; i < kNvfp4GroupSize / 2; ++i) {
-      const uint8_t byte = packed[g * kNvfp4GroupSize / 2 + i];
-      float* pair = w + g * kNvfp4GroupSize + 2 * i;
-      pair[0] = DecodeE2M1(byte & 15) * effective;
-      pair[1] = DecodeE2M1(byte >> 4) * effective;
-    }
+    uint8_t codes[kNvfp4GroupSize];
+    UnpackNibbles(packed + g * kNvfp4GroupSize / 2, codes);
+    float* group = w + g * kNvfp4GroupSize;
+    for (int64_t i = 0; i < kNvfp4GroupSize; ++i) group[i] = DecodeE2M1(codes[i]) * effective;
   }
 }
 
@@ -56,7 +53,8 @@ void Nvfp4Quantize(const float* x, int64_t in, float global_scale, float* y) {
     const float* group = x + g * kNvfp4GroupSize;
     const float effective = Nvfp4GroupScale(group, global_scale) / global_scale;
     for (int64_t i = 0; i < kNvfp4GroupSize; ++i) {
-      y[g * kNvfp4GroupSize + i] = RoundToE2M1(WithoutNegativeZero(group[i] / effective)) * effective;
+      y[g * kNvfp4GroupSize + i] =
+          RoundToE2M1(WithoutNegativeZero(group[i] / effective)) * effective;
     }
   }
 }

@@ -15,11 +15,19 @@ namespace {
 // Rows per task: enough that a task outweighs its start.
 int64_t Grain(int64_t in) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(in, 1)); }
 
-const uint8_t* Bytes(const at::Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
+const uint8_t* Bytes(const at::Tensor& t) {
+  return static_cast<const uint8_t*>(t.const_data_ptr());
+}
 uint8_t* MutableBytes(const at::Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
 
 at::Tensor Float32Rows(const at::Tensor& t) {
   TORCH_CHECK(t.scalar_type() == at::kFloat, "expected float32, found ", t.scalar_type());
+  return t.contiguous();
+}
+
+at::Tensor ByteRows(const at::Tensor& t) {
+  TORCH_CHECK(t.dim() == 2 && t.element_size() == 1, "expected rows of codes, found ",
+              t.scalar_type(), " ", t.sizes());
   return t.contiguous();
 }
 
@@ -45,14 +53,15 @@ std::tuple<at::Tensor, at::Tensor> Nvfp4EncodeCpu(const at::Tensor& weight, doub
   at::Tensor scale = at::empty({out, in / kNvfp4GroupSize}, at::kFloat8_e4m3fn);
   const auto global = static_cast<float>(global_scale);
   ForRows(out, in, [&](int64_t r) {
-    rows::Nvfp4Encode(w.const_data_ptr<float>() + r * in, in, global, MutableBytes(packed) + r * in / 2,
+    rows::Nvfp4Encode(w.const_data_ptr<float>() + r * in, in, global,
+                      MutableBytes(packed) + r * in / 2,
                       MutableBytes(scale) + r * (in / kNvfp4GroupSize));
   });
   return {packed, scale};
 }
 
 at::Tensor Nvfp4DecodeCpu(const at::Tensor& packed, const at::Tensor& scale, double global_scale) {
-  const at::Tensor p = packed.contiguous(), s = scale.contiguous();
+  const at::Tensor p = ByteRows(packed), s = ByteRows(scale);
   const int64_t out = p.size(0), in = 2 * p.size(1);
   CheckGroups(in, kNvfp4GroupSize);
   TORCH_CHECK(s.size(0) == out && s.size(1) == in / kNvfp4GroupSize, "scale has shape ", s.sizes());
@@ -72,7 +81,8 @@ at::Tensor Nvfp4QuantizeActivationCpu(const at::Tensor& x, double input_global_s
   at::Tensor y = at::empty_like(input);
   const auto global = static_cast<float>(input_global_scale);
   ForRows(Rows(input), in, [&](int64_t r) {
-    rows::Nvfp4Quantize(input.const_data_ptr<float>() + r * in, in, global, y.data_ptr<float>() + r * in);
+    rows::Nvfp4Quantize(input.const_data_ptr<float>() + r * in, in, global,
+                        y.data_ptr<float>() + r * in);
   });
   return y;
 }
@@ -91,13 +101,14 @@ std::tuple<at::Tensor, at::Tensor> Mxfp8EncodeCpu(const at::Tensor& weight) {
 }
 
 at::Tensor Mxfp8DecodeCpu(const at::Tensor& codes, const at::Tensor& scale) {
-  const at::Tensor c = codes.contiguous(), s = scale.contiguous();
+  const at::Tensor c = ByteRows(codes), s = ByteRows(scale);
   const int64_t out = c.size(0), in = c.size(1);
   CheckGroups(in, kMxGroupSize);
   TORCH_CHECK(s.size(0) == out && s.size(1) == in / kMxGroupSize, "scale has shape ", s.sizes());
   at::Tensor w = at::empty({out, in}, at::kFloat);
   ForRows(out, in, [&](int64_t r) {
-    rows::Mxfp8Decode(Bytes(c) + r * in, Bytes(s) + r * (in / kMxGroupSize), in, w.data_ptr<float>() + r * in);
+    rows::Mxfp8Decode(Bytes(c) + r * in, Bytes(s) + r * (in / kMxGroupSize), in,
+                      w.data_ptr<float>() + r * in);
   });
   return w;
 }
@@ -113,7 +124,8 @@ at::Tensor Mxfp8QuantizeActivationCpu(const at::Tensor& x) {
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor> Fp8EncodeCpu(const at::Tensor& weight, at::ScalarType scale_type) {
+std::tuple<at::Tensor, at::Tensor> Fp8EncodeCpu(const at::Tensor& weight,
+                                                at::ScalarType scale_type) {
   const at::Tensor w = Float32Rows(weight);
   const int64_t out = w.size(0), in = w.size(1);
   at::Tensor codes = at::empty({out, in}, at::kFloat8_e4m3fn);
@@ -121,7 +133,9 @@ std::tuple<at::Tensor, at::Tensor> Fp8EncodeCpu(const at::Tensor& weight, at::Sc
   ForRows(out, in, [&](int64_t r) {
     scale.data_ptr<float>()[r] = rows::Fp8Scale(w.const_data_ptr<float>() + r * in, in);
   });
-  const at::Tensor stored = scale.to(scale_type);
+  at::Tensor stored = scale.to(scale_type);
+  stored.masked_fill_(stored == 0,
+                      rows::kFp8ZeroScale);  // float16 has no room for the smallest scales
   const at::Tensor effective = stored.to(at::kFloat);
   ForRows(out, in, [&](int64_t r) {
     rows::Fp8Encode(w.const_data_ptr<float>() + r * in, in, effective.const_data_ptr<float>()[r],
@@ -131,12 +145,13 @@ std::tuple<at::Tensor, at::Tensor> Fp8EncodeCpu(const at::Tensor& weight, at::Sc
 }
 
 at::Tensor Fp8DecodeCpu(const at::Tensor& codes, const at::Tensor& scale) {
-  const at::Tensor c = codes.contiguous(), s = scale.to(at::kFloat).contiguous();
+  const at::Tensor c = ByteRows(codes), s = scale.to(at::kFloat).contiguous();
   const int64_t out = c.size(0), in = c.size(1);
   TORCH_CHECK(s.numel() == out, "scale has shape ", s.sizes());
   at::Tensor w = at::empty({out, in}, at::kFloat);
   ForRows(out, in, [&](int64_t r) {
-    rows::Fp8Decode(Bytes(c) + r * in, in, s.const_data_ptr<float>()[r], w.data_ptr<float>() + r * in);
+    rows::Fp8Decode(Bytes(c) + r * in, in, s.const_data_ptr<float>()[r],
+                    w.data_ptr<float>() + r * in);
   });
   return w;
 }
@@ -189,50 +204,57 @@ float Nvfp4GlobalScale(double amax) {
 }
 
 std::tuple<at::Tensor, at::Tensor> Nvfp4Encode(const at::Tensor& weight, double global_scale) {
-  static const auto op =
-      Operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, double)>("prismaquant::nvfp4_encode");
+  static const auto op = Operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, double)>(
+      "prismaquant::nvfp4_encode");
   return op.call(weight, global_scale);
 }
 
 at::Tensor Nvfp4Decode(const at::Tensor& packed, const at::Tensor& scale, double global_scale) {
-  static const auto op =
-      Operator<at::Tensor(const at::Tensor&, const at::Tensor&, double)>("prismaquant::nvfp4_decode");
+  static const auto op = Operator<at::Tensor(const at::Tensor&, const at::Tensor&, double)>(
+      "prismaquant::nvfp4_decode");
   return op.call(packed, scale, global_scale);
 }
 
 at::Tensor Nvfp4QuantizeActivation(const at::Tensor& x, double input_global_scale) {
-  static const auto op = Operator<at::Tensor(const at::Tensor&, double)>("prismaquant::nvfp4_quantize_activation");
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&, double)>("prismaquant::nvfp4_quantize_activation");
   return op.call(x, input_global_scale);
 }
 
 std::tuple<at::Tensor, at::Tensor> Mxfp8Encode(const at::Tensor& weight) {
-  static const auto op = Operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&)>("prismaquant::mxfp8_encode");
+  static const auto op =
+      Operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&)>("prismaquant::mxfp8_encode");
   return op.call(weight);
 }
 
 at::Tensor Mxfp8Decode(const at::Tensor& codes, const at::Tensor& scale) {
-  static const auto op = Operator<at::Tensor(const at::Tensor&, const at::Tensor&)>("prismaquant::mxfp8_decode");
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&, const at::Tensor&)>("prismaquant::mxfp8_decode");
   return op.call(codes, scale);
 }
 
 at::Tensor Mxfp8QuantizeActivation(const at::Tensor& x) {
-  static const auto op = Operator<at::Tensor(const at::Tensor&)>("prismaquant::mxfp8_quantize_activation");
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&)>("prismaquant::mxfp8_quantize_activation");
   return op.call(x);
 }
 
 std::tuple<at::Tensor, at::Tensor> Fp8Encode(const at::Tensor& weight, at::ScalarType scale_type) {
   static const auto op =
-      Operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, at::ScalarType)>("prismaquant::fp8_encode");
+      Operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, at::ScalarType)>(
+          "prismaquant::fp8_encode");
   return op.call(weight, scale_type);
 }
 
 at::Tensor Fp8Decode(const at::Tensor& codes, const at::Tensor& scale) {
-  static const auto op = Operator<at::Tensor(const at::Tensor&, const at::Tensor&)>("prismaquant::fp8_decode");
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&, const at::Tensor&)>("prismaquant::fp8_decode");
   return op.call(codes, scale);
 }
 
 at::Tensor Fp8QuantizeActivation(const at::Tensor& x) {
-  static const auto op = Operator<at::Tensor(const at::Tensor&)>("prismaquant::fp8_quantize_activation");
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&)>("prismaquant::fp8_quantize_activation");
   return op.call(x);
 }
 

@@ -1,10 +1,11 @@
 #ifndef PRISMAQUANT_KERNELS_OPS_H_
 #define PRISMAQUANT_KERNELS_OPS_H_
 
-// The operators torch.ops.prismaquant.*: numeric kernels behind the formats and GPTQ, with one schema each, so that a
-// CUDA kernel can stand beside the CPU one. The functions below call them through the dispatcher. All weights and
-// activations are float32 and contiguous along the last dimension; amax and scales are documented per function.
-// Thread-safe; parallel over rows with at::parallel_for; results do not depend on the number of threads.
+// The operators torch.ops.prismaquant.*: numeric kernels behind the formats and GPTQ, with one
+// schema each, so that a CUDA kernel can stand beside the CPU one. The functions below call them
+// through the dispatcher. All weights and activations are float32 and contiguous along the last
+// dimension; amax and scales are documented per function. Thread-safe; parallel over rows with
+// at::parallel_for; results do not depend on the number of threads.
 
 #include <ATen/core/Tensor.h>
 
@@ -15,7 +16,8 @@ namespace prismaquant::ops {
 
 // NVFP4. `global_scale` is the divisor 2688 / amax (docs/formats.md).
 float Nvfp4GlobalScale(double amax);
-// weight [out, in] -> packed U8 [out, in/2], scale float8_e4m3fn [out, in/16]; round-to-nearest as compressed-tensors.
+// weight [out, in] -> packed U8 [out, in/2], scale float8_e4m3fn [out, in/16]; round-to-nearest as
+// compressed-tensors.
 std::tuple<at::Tensor, at::Tensor> Nvfp4Encode(const at::Tensor& weight, double global_scale);
 at::Tensor Nvfp4Decode(const at::Tensor& packed, const at::Tensor& scale, double global_scale);
 // x [..., in] -> x quantized and decoded, float32.
@@ -26,8 +28,8 @@ std::tuple<at::Tensor, at::Tensor> Mxfp8Encode(const at::Tensor& weight);
 at::Tensor Mxfp8Decode(const at::Tensor& codes, const at::Tensor& scale);
 at::Tensor Mxfp8QuantizeActivation(const at::Tensor& x);
 
-// FP8 with one scale per row. scale_type: the dtype in which the scale is stored; codes are chosen under the scale
-// as stored. weight [out, in] -> codes float8_e4m3fn [out, in], scale [out, 1].
+// FP8 with one scale per row. scale_type: the dtype in which the scale is stored; codes are chosen
+// under the scale as stored. weight [out, in] -> codes float8_e4m3fn [out, in], scale [out, 1].
 std::tuple<at::Tensor, at::Tensor> Fp8Encode(const at::Tensor& weight, at::ScalarType scale_type);
 at::Tensor Fp8Decode(const at::Tensor& codes, const at::Tensor& scale);
 at::Tensor Fp8QuantizeActivation(const at::Tensor& x);

@@ -1,7 +1,8 @@
 #ifndef PRISMAQUANT_FORMATS_FAMILIES_H_
 #define PRISMAQUANT_FORMATS_FAMILIES_H_
 
-// The formats, one per file. FindFormat and AllFormats are how the rest of the program reaches them.
+// The formats, one per file. FindFormat and AllFormats are how the rest of the program reaches
+// them.
 
 #include "formats/format.h"
 

@@ -17,17 +17,31 @@ struct TypePair {
 };
 
 constexpr std::array<TypePair, 15> kTypes = {{
-    {DType::kBool, at::kBool},     {DType::kU8, at::kByte},         {DType::kI8, at::kChar},
-    {DType::kF8E4M3, at::kFloat8_e4m3fn}, {DType::kF8E5M2, at::kFloat8_e5m2}, {DType::kU16, at::kUInt16},
-    {DType::kI16, at::kShort},     {DType::kF16, at::kHalf},        {DType::kBF16, at::kBFloat16},
-    {DType::kU32, at::kUInt32},    {DType::kI32, at::kInt},         {DType::kF32, at::kFloat},
-    {DType::kI64, at::kLong},      {DType::kF64, at::kDouble},      {DType::kU64, at::kUInt64},
+    {DType::kBool, at::kBool},
+    {DType::kU8, at::kByte},
+    {DType::kI8, at::kChar},
+    {DType::kF8E4M3, at::kFloat8_e4m3fn},
+    {DType::kF8E5M2, at::kFloat8_e5m2},
+    {DType::kU16, at::kUInt16},
+    {DType::kI16, at::kShort},
+    {DType::kF16, at::kHalf},
+    {DType::kBF16, at::kBFloat16},
+    {DType::kU32, at::kUInt32},
+    {DType::kI32, at::kInt},
+    {DType::kF32, at::kFloat},
+    {DType::kI64, at::kLong},
+    {DType::kF64, at::kDouble},
+    {DType::kU64, at::kUInt64},
 }};
 
-std::string ShapeText(at::IntArrayRef shape) { return fmt::format("[{}]", fmt::join(shape.begin(), shape.end(), ", ")); }
+std::string ShapeText(at::IntArrayRef shape) {
+  return fmt::format("[{}]", fmt::join(shape.begin(), shape.end(), ", "));
+}
 
 Status CheckValues(const std::string& suffix, const at::Tensor& tensor) {
-  const auto bad = [&](const std::string& what) { return Status::InvalidInput(suffix + " " + what); };
+  const auto bad = [&](const std::string& what) {
+    return Status::InvalidInput(suffix + " " + what);
+  };
   if (suffix == "weight_global_scale" || suffix == "input_global_scale") {
     if (!(tensor > 0).all().item<bool>() || !tensor.isfinite().all().item<bool>()) {
       return bad("is not finite and positive");
@@ -37,14 +51,19 @@ Status CheckValues(const std::string& suffix, const at::Tensor& tensor) {
   if (tensor.scalar_type() == at::kFloat8_e4m3fn) {
     const at::Tensor bytes = tensor.view(at::kByte);
     if ((bytes.bitwise_and(0x7f) == 0x7f).any().item<bool>()) return bad("holds a NaN code (0x7f)");
-    if (suffix == "weight_scale" && (bytes >= 0x80).any().item<bool>()) return bad("holds a negative scale");
+    if (suffix == "weight_scale" && (bytes >= 0x80).any().item<bool>())
+      return bad("holds a negative scale");
     return {};
   }
   if (suffix == "weight_scale" && tensor.scalar_type() == at::kByte) {
     if ((tensor == 255).any().item<bool>()) return bad("holds the NaN scale 255");
     return {};
   }
-  if (tensor.is_floating_point() && !tensor.isfinite().all().item<bool>()) return bad("is not finite");
+  if (!tensor.is_floating_point()) return {};
+  if (!tensor.isfinite().all().item<bool>()) return bad("is not finite");
+  if (suffix == "weight_scale" && tensor.signbit().any().item<bool>()) {
+    return bad("holds a negative scale");
+  }
   return {};
 }
 
@@ -56,15 +75,18 @@ int64_t Format::Bytes(int64_t out, int64_t in, DType source) const {
   return bytes;
 }
 
-Status CheckStored(const Format& format, const StoredTensors& stored, int64_t out, int64_t in, DType source) {
+Status CheckStored(const Format& format, const StoredTensors& stored, int64_t out, int64_t in,
+                   DType source) {
   const std::vector<TensorSpec> layout = format.Layout(out, in, source);
   for (const TensorSpec& spec : layout) {
     const auto found = stored.find(spec.name);
     if (found == stored.end()) {
-      return Status::InvalidInput(fmt::format("{} is missing, {} needs it", spec.name, format.name()));
+      return Status::InvalidInput(
+          fmt::format("{} is missing, {} needs it", spec.name, format.name()));
     }
     const at::Tensor& tensor = found->second;
-    if (tensor.sizes() != at::IntArrayRef(spec.shape) || FromScalarType(tensor.scalar_type()) != spec.dtype) {
+    if (tensor.sizes() != at::IntArrayRef(spec.shape) ||
+        FromScalarType(tensor.scalar_type()) != spec.dtype) {
       return Status::InvalidInput(fmt::format("{} is {} {}, expected {} {} for {}", spec.name,
                                               DTypeName(FromScalarType(tensor.scalar_type())),
                                               ShapeText(tensor.sizes()), DTypeName(spec.dtype),
@@ -73,7 +95,8 @@ Status CheckStored(const Format& format, const StoredTensors& stored, int64_t ou
     PQ_RETURN_IF_ERROR(CheckValues(spec.name, tensor));
   }
   if (stored.size() != layout.size()) {
-    return Status::InvalidInput(fmt::format("{} tensors are stored, {} has {}", stored.size(), format.name(), layout.size()));
+    return Status::InvalidInput(fmt::format("{} tensors are stored, {} has {}", stored.size(),
+                                            format.name(), layout.size()));
   }
   return {};
 }
@@ -86,7 +109,8 @@ const Format* FindFormat(std::string_view name) {
 }
 
 std::span<const Format* const> AllFormats() {
-  static const std::array<const Format*, 4> formats = {&Nvfp4Format(), &Fp8Format(), &Mxfp8Format(), &SourceFormat()};
+  static const std::array<const Format*, 4> formats = {&Nvfp4Format(), &Fp8Format(), &Mxfp8Format(),
+                                                       &SourceFormat()};
   return formats;
 }
 
@@ -96,7 +120,8 @@ const Format* DetectFormat(const StoredTensors& stored) {
     return found == stored.end() ? std::nullopt : std::optional(found->second.scalar_type());
   };
   if (type("weight_packed") == at::kByte && type("weight_global_scale")) return &Nvfp4Format();
-  if (type("weight") == at::kFloat8_e4m3fn && type("weight_scale") == at::kByte) return &Mxfp8Format();
+  if (type("weight") == at::kFloat8_e4m3fn && type("weight_scale") == at::kByte)
+    return &Mxfp8Format();
   if (type("weight") == at::kFloat8_e4m3fn && type("weight_scale")) return &Fp8Format();
   if (stored.size() == 1 && type("weight") && c10::isFloatingType(*type("weight")) &&
       c10::elementSize(*type("weight")) > 1) {

@@ -1,10 +1,11 @@
 #ifndef PRISMAQUANT_FORMATS_FORMAT_H_
 #define PRISMAQUANT_FORMATS_FORMAT_H_
 
-// Format: how a Linear is stored and multiplied: the tensors it writes, their exact bytes, encoding, decoding, the
-// activation quantizer, and the compressed-tensors scheme that describes it. One subclass per number format, one file
-// each; the numeric work is done by the operators torch.ops.prismaquant.* of kernels/. Formats are immutable
-// singletons without state and safe to use from any thread. Tensors stay on the device they come on.
+// Format: how a Linear is stored and multiplied: the tensors it writes, their exact bytes,
+// encoding, decoding, the activation quantizer, and the compressed-tensors scheme that describes
+// it. One subclass per number format, one file each; the numeric work is done by the operators
+// torch.ops.prismaquant.* of kernels/. Formats are immutable singletons without state and safe to
+// use from any thread. Tensors stay on the device they come on.
 
 #include <ATen/core/Tensor.h>
 
@@ -42,7 +43,8 @@ class Format {
   virtual std::string_view name() const = 0;  // "nvfp4", as on the command line
   // Whether a weight [out, in] can be stored.
   virtual bool Supports(int64_t out, int64_t in) const = 0;
-  // The tensors written for a weight [out, in] of a source in `source` (BF16, F16 or F32); names are suffixes.
+  // The tensors written for a weight [out, in] of a source in `source` (BF16, F16 or F32); names
+  // are suffixes.
   virtual std::vector<TensorSpec> Layout(int64_t out, int64_t in, DType source) const = 0;
   // Bytes of all tensors of Layout.
   int64_t Bytes(int64_t out, int64_t in, DType source) const;
@@ -54,8 +56,9 @@ class Format {
                                DType source) const = 0;
   // float32 [out, in].
   virtual at::Tensor Decode(const StoredTensors& stored) const = 0;
-  // The activation [tokens, in] as the format's GEMM sees it, in x's dtype (computed in float32); x itself if the
-  // format leaves activations alone. `stored` supplies a static scale where the format has one.
+  // The activation [tokens, in] as the format's GEMM sees it, in x's dtype (computed in float32); x
+  // itself if the format leaves activations alone. `stored` supplies a static scale where the
+  // format has one.
   virtual at::Tensor QuantizeActivation(const at::Tensor& x, const StoredTensors& stored) const = 0;
   // The same before any weight is stored: the static scale follows from the calibration maximum.
   virtual at::Tensor QuantizeActivation(const at::Tensor& x, const SharedScales& shared) const = 0;
@@ -65,14 +68,15 @@ class Format {
   // Which output-size multiple vLLM's GPU kernels demand of the fused Linear (1 if none).
   virtual int64_t kernel_out_multiple() const { return 1; }
 
-  // compressed-tensors "format" of the config group and the group's body (weights, input_activations); empty
-  // for a format that stays outside quantization_config.
+  // compressed-tensors "format" of the config group and the group's body (weights,
+  // input_activations); empty for a format that stays outside quantization_config.
   virtual std::string_view compression_format() const = 0;
   virtual Json Scheme() const = 0;
 };
 
-// Whether the tensors are what Layout says, with values that a reader can decode: no NaN codes, no negative group scale, finite
-// positive global scales. The error names the tensor's suffix, what was found and what was expected.
+// Whether the tensors are what Layout says, with values that a reader can decode: no NaN codes, no
+// negative group scale, finite positive global scales. The error names the tensor's suffix, what
+// was found and what was expected.
 Status CheckStored(const Format& format, const StoredTensors& stored, int64_t out, int64_t in,
                    DType source);
 

@@ -6,8 +6,8 @@
 namespace prismaquant {
 namespace {
 
-// FP8, W8A8: E4M3 codes with one scale per output channel, stored in the source's dtype; activations dynamically per
-// token (docs/formats.md, section FP8).
+// FP8, W8A8: E4M3 codes with one scale per output channel, stored in the source's dtype;
+// activations dynamically per token (docs/formats.md, section FP8).
 class Fp8 : public Format {
  public:
   std::string_view name() const override { return "fp8"; }
@@ -27,8 +27,12 @@ class Fp8 : public Format {
   at::Tensor Decode(const StoredTensors& stored) const override {
     return ops::Fp8Decode(stored.at("weight"), stored.at("weight_scale"));
   }
-  at::Tensor QuantizeActivation(const at::Tensor& x, const StoredTensors&) const override { return Quantize(x); }
-  at::Tensor QuantizeActivation(const at::Tensor& x, const SharedScales&) const override { return Quantize(x); }
+  at::Tensor QuantizeActivation(const at::Tensor& x, const StoredTensors&) const override {
+    return Quantize(x);
+  }
+  at::Tensor QuantizeActivation(const at::Tensor& x, const SharedScales&) const override {
+    return Quantize(x);
+  }
   bool quantizes_activations() const override { return true; }
   Grid grid() const override { return Grid::kE4M3Row; }
 

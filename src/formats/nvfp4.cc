@@ -7,12 +7,14 @@
 namespace prismaquant {
 namespace {
 
-// NVFP4, W4A4: E2M1 codes, one E4M3 scale per 16 columns, one float32 scale per tensor (stored as its divisor), and a
-// static float32 scale for the activations (docs/formats.md, section NVFP4).
+// NVFP4, W4A4: E2M1 codes, one E4M3 scale per 16 columns, one float32 scale per tensor (stored as
+// its divisor), and a static float32 scale for the activations (docs/formats.md, section NVFP4).
 class Nvfp4 : public Format {
  public:
   std::string_view name() const override { return "nvfp4"; }
-  bool Supports(int64_t out, int64_t in) const override { return out > 0 && in > 0 && in % kNvfp4GroupSize == 0; }
+  bool Supports(int64_t out, int64_t in) const override {
+    return out > 0 && in > 0 && in % kNvfp4GroupSize == 0;
+  }
 
   std::vector<TensorSpec> Layout(int64_t out, int64_t in, DType) const override {
     return {{"weight_packed", DType::kU8, {out, in / 2}},
@@ -37,11 +39,13 @@ class Nvfp4 : public Format {
                             stored.at("weight_global_scale").item<double>());
   }
   at::Tensor QuantizeActivation(const at::Tensor& x, const StoredTensors& stored) const override {
-    return ops::Nvfp4QuantizeActivation(x.to(at::kFloat), stored.at("input_global_scale").item<double>())
+    return ops::Nvfp4QuantizeActivation(x.to(at::kFloat),
+                                        stored.at("input_global_scale").item<double>())
         .to(x.scalar_type());
   }
   at::Tensor QuantizeActivation(const at::Tensor& x, const SharedScales& shared) const override {
-    return ops::Nvfp4QuantizeActivation(x.to(at::kFloat), InputGlobalScale(shared)).to(x.scalar_type());
+    return ops::Nvfp4QuantizeActivation(x.to(at::kFloat), InputGlobalScale(shared))
+        .to(x.scalar_type());
   }
   bool quantizes_activations() const override { return true; }
   Grid grid() const override { return Grid::kE2M1Group16; }

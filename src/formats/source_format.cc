@@ -19,9 +19,15 @@ class Source : public Format {
   StoredTensors Encode(const at::Tensor& weight, const SharedScales&, DType source) const override {
     return {{"weight", weight.to(ToScalarType(source))}};
   }
-  at::Tensor Decode(const StoredTensors& stored) const override { return stored.at("weight").to(at::kFloat); }
-  at::Tensor QuantizeActivation(const at::Tensor& x, const StoredTensors&) const override { return x; }
-  at::Tensor QuantizeActivation(const at::Tensor& x, const SharedScales&) const override { return x; }
+  at::Tensor Decode(const StoredTensors& stored) const override {
+    return stored.at("weight").to(at::kFloat);
+  }
+  at::Tensor QuantizeActivation(const at::Tensor& x, const StoredTensors&) const override {
+    return x;
+  }
+  at::Tensor QuantizeActivation(const at::Tensor& x, const SharedScales&) const override {
+    return x;
+  }
   bool quantizes_activations() const override { return false; }
   Grid grid() const override { return Grid::kNone; }
   std::string_view compression_format() const override { return ""; }
