@@ -15,7 +15,8 @@ at::Tensor Normalized(const at::Tensor& x, double eps) {
 
 // Inverse frequencies float32 [rotary_dim / 2], as the reference computes them.
 at::Tensor InverseFrequencies(const ModelConfig& config) {
-  const at::Tensor exponents = at::arange(0, config.rotary_dim, 2, at::kFloat) / static_cast<double>(config.rotary_dim);
+  const at::Tensor exponents =
+      at::arange(0, config.rotary_dim, 2, at::kFloat) / static_cast<double>(config.rotary_dim);
   at::Tensor frequencies = 1.0 / at::pow(config.rope_theta, exponents);
   if (!config.rope_scaling) return frequencies;
   const Llama3RopeScaling& scaling = *config.rope_scaling;
@@ -26,12 +27,15 @@ at::Tensor InverseFrequencies(const ModelConfig& config) {
   const at::Tensor blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies;
   const at::Tensor is_long = wavelength > context / scaling.low_freq_factor;
   const at::Tensor is_short = wavelength < context / scaling.high_freq_factor;
-  return at::where(is_long, frequencies / scaling.factor, at::where(is_short, frequencies, blended));
+  return at::where(is_long, frequencies / scaling.factor,
+                   at::where(is_short, frequencies, blended));
 }
 
 }  // namespace
 
-at::ScalarType WideType(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType WideType(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 at::Tensor RmsNorm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return weight * Normalized(x, eps).to(x.scalar_type());
@@ -41,12 +45,14 @@ at::Tensor RmsNormPlusOne(const at::Tensor& x, const at::Tensor& weight, double 
   return (Normalized(x, eps) * (1.0 + weight.to(WideType(x)))).to(x.scalar_type());
 }
 
-at::Tensor GatedRmsNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& gate, double eps) {
+at::Tensor GatedRmsNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& gate,
+                        double eps) {
   const at::Tensor normed = weight * Normalized(x, eps).to(x.scalar_type());
   return (normed * at::silu(gate.to(WideType(x)))).to(x.scalar_type());
 }
 
-SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens, const ComputeOptions& options) {
+SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens,
+                              const ComputeOptions& options) {
   const at::Tensor half = at::outer(at::arange(tokens, at::kFloat), InverseFrequencies(config));
   const at::Tensor angles = at::cat({half, half}, -1).to(options.device);
   return {.cos = angles.cos().to(options.dtype), .sin = angles.sin().to(options.dtype)};
@@ -55,7 +61,8 @@ SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens, const C
 at::Tensor ApplyRotary(const at::Tensor& x, const SequenceContext& context) {
   const int64_t dim = context.cos.size(-1);
   const at::Tensor rotated = x.narrow(-1, 0, dim);
-  const at::Tensor first = rotated.narrow(-1, 0, dim / 2), second = rotated.narrow(-1, dim / 2, dim / 2);
+  const at::Tensor first = rotated.narrow(-1, 0, dim / 2),
+                   second = rotated.narrow(-1, dim / 2, dim / 2);
   const at::Tensor y = rotated * context.cos + at::cat({-second, first}, -1) * context.sin;
   if (dim == x.size(-1)) return y;
   return at::cat({y, x.narrow(-1, dim, x.size(-1) - dim)}, -1);
@@ -65,8 +72,9 @@ at::Tensor CausalAttention(const at::Tensor& q, const at::Tensor& k, const at::T
   const int64_t groups = q.size(1) / k.size(1);
   const at::Tensor keys = groups == 1 ? k : k.repeat_interleave(groups, 1);
   const at::Tensor values = groups == 1 ? v : v.repeat_interleave(groups, 1);
-  const at::Tensor y = at::scaled_dot_product_attention(q, keys, values, /*attn_mask=*/{}, /*dropout_p=*/0.0,
-                                                        /*is_causal=*/true);
+  const at::Tensor y =
+      at::scaled_dot_product_attention(q, keys, values, /*attn_mask=*/{}, /*dropout_p=*/0.0,
+                                       /*is_causal=*/true);
   return y.transpose(1, 2).reshape({q.size(0), q.size(2), q.size(1) * q.size(3)});
 }
 

@@ -1,8 +1,9 @@
 #ifndef PRISMAQUANT_MODEL_BLOCKS_H_
 #define PRISMAQUANT_MODEL_BLOCKS_H_
 
-// The operations between the Linears of a decoder layer, as pure differentiable functions of tensors in float32, bfloat16
-// or float64. In bfloat16 each computes in float32 exactly where the reference implementation (transformers) does.
+// The operations between the Linears of a decoder layer, as pure differentiable functions of
+// tensors in float32, bfloat16 or float64. In bfloat16 each computes in float32 exactly where the
+// reference implementation (transformers) does.
 
 #include <ATen/core/Tensor.h>
 
@@ -19,15 +20,17 @@ at::Tensor RmsNorm(const at::Tensor& x, const at::Tensor& weight, double eps);
 // y = (1 + w) x / rms(x), wholly in float32 and then rounded.
 at::Tensor RmsNormPlusOne(const at::Tensor& x, const at::Tensor& weight, double eps);
 // y = (w x / rms(x)) silu(gate), over the last dimension.
-at::Tensor GatedRmsNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& gate, double eps);
+at::Tensor GatedRmsNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& gate,
+                        double eps);
 
 // cos and sin [tokens, rotary_dim] of positions 0..tokens-1.
-SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens, const ComputeOptions& options);
+SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens,
+                              const ComputeOptions& options);
 // Rotates the first rotary_dim of each head, halves paired: x [sequences, heads, tokens, head_dim].
 at::Tensor ApplyRotary(const at::Tensor& x, const SequenceContext& context);
 
-// Causal softmax attention with shared key-value heads. q [sequences, heads, tokens, dim], k and v [sequences, kv_heads,
-// tokens, dim] -> [sequences, tokens, heads * dim].
+// Causal softmax attention with shared key-value heads. q [sequences, heads, tokens, dim], k and v
+// [sequences, kv_heads, tokens, dim] -> [sequences, tokens, heads * dim].
 at::Tensor CausalAttention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
 
 }  // namespace prismaquant

@@ -3,18 +3,36 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+
 #include "formats/format.h"
 
 namespace prismaquant::checkpoint_tensors {
+namespace {
+
+// Elements that are tested at a time: the masks are as large as what they test.
+constexpr int64_t kBlock = int64_t{1} << 22;
+
+}  // namespace
+
+Status RequireFinite(const Checkpoint& checkpoint, const std::string& name,
+                     const at::Tensor& values) {
+  if (!values.is_floating_point()) return {};
+  const at::Tensor flat = values.reshape({-1});
+  int64_t bad = 0;
+  for (int64_t begin = 0; begin < flat.numel(); begin += kBlock) {
+    const at::Tensor block = flat.narrow(0, begin, std::min(kBlock, flat.numel() - begin));
+    bad += at::isfinite(block).logical_not().sum().item<int64_t>();
+  }
+  if (bad == 0) return {};
+  return Status::InvalidInput(fmt::format("{}: tensor {} holds {} values that are not finite",
+                                          checkpoint.folder().string(), name, bad));
+}
 
 Result<at::Tensor> Map(const Checkpoint& checkpoint, const std::string& name) {
   PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint.Get(name));
-  at::Tensor tensor = TensorFromView(view);
-  if (tensor.is_floating_point() && !tensor.isfinite().all().item<bool>()) {
-    const int64_t bad = tensor.isfinite().logical_not().sum().item<int64_t>();
-    return Status::InvalidInput(fmt::format("{}: tensor {} holds {} values that are not finite",
-                                            checkpoint.folder().string(), name, bad));
-  }
+  const at::Tensor tensor = TensorFromView(view);
+  PQ_RETURN_IF_ERROR(RequireFinite(checkpoint, name, tensor));
   return tensor;
 }
 

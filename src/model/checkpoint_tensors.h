@@ -12,6 +12,10 @@
 
 namespace prismaquant::checkpoint_tensors {
 
+// kInvalidInput, naming folder and tensor, if one of `values` (the tensor or a part of it) is NaN
+// or infinite.
+Status RequireFinite(const Checkpoint& checkpoint, const std::string& name,
+                     const at::Tensor& values);
 // As stored, mapped without copying: valid as long as the checkpoint.
 Result<at::Tensor> Map(const Checkpoint& checkpoint, const std::string& name);
 // Converted; a copy of its own.

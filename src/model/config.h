@@ -1,8 +1,9 @@
 #ifndef PRISMAQUANT_MODEL_CONFIG_H_
 #define PRISMAQUANT_MODEL_CONFIG_H_
 
-// ModelConfig: what config.json says about the text body, checked and in one spelling for all families. Old and new key
-// spellings (rope_theta / rope_scaling and rope_parameters) are read alike. A plain value.
+// ModelConfig: what config.json says about the text body, checked and in one spelling for all
+// families. Old and new key spellings (rope_theta / rope_scaling and rope_parameters) are read
+// alike. A plain value.
 
 #include <cstdint>
 #include <optional>
@@ -24,7 +25,7 @@ enum class LayerKind { kFullAttention, kLinearAttention };
 
 struct ModelConfig {
   std::string architecture;  // config.json "architectures"[0]
-  std::string model_type;    // of the text body: "llama", "qwen3", "qwen3_5_text"
+  std::string model_type;    // the profile's family: "llama", "qwen3", "qwen3_5"
   std::string body_prefix;   // "model." or "model.language_model."
   int64_t vocab_size = 0, hidden_size = 0, num_layers = 0, intermediate_size = 0;
   int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
@@ -40,7 +41,8 @@ struct ModelConfig {
   int64_t linear_key_heads = 0, linear_value_heads = 0, linear_key_dim = 0, linear_value_dim = 0,
           linear_conv_kernel = 0;
 
-  // `origin` names the file in errors. An unknown architecture is kInvalidInput and lists the known ones.
+  // `origin` names the file in errors. An unknown architecture is kInvalidInput and lists the known
+  // ones.
   static Result<ModelConfig> Parse(const Json& config, const std::string& origin);
 };
 

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kChunk = 64;
 
-// [sequences, heads, tokens, ..] -> [sequences, heads, chunks, kChunk, ..], zero-padded: a padded token has k = v = 0, beta = 0
-// and g = 0, and so leaves the state as it is.
+// [sequences, heads, tokens, ..] -> [sequences, heads, chunks, kChunk, ..], zero-padded: a padded
+// token has k = v = 0, beta = 0 and g = 0, and so leaves the state as it is.
 at::Tensor Chunked(const at::Tensor& x, int64_t padding) {
   std::vector<int64_t> pad;
   for (int64_t d = 3; d < x.dim(); ++d) pad.insert(pad.end(), {0, 0});
@@ -24,12 +24,15 @@ at::Tensor Chunked(const at::Tensor& x, int64_t padding) {
 }
 
 at::Tensor SolveUnitLower(const at::Tensor& system, const at::Tensor& right) {
-  return at::linalg_solve_triangular(system, right, /*upper=*/false, /*left=*/true, /*unitriangular=*/true);
+  return at::linalg_solve_triangular(system, right, /*upper=*/false, /*left=*/true,
+                                     /*unitriangular=*/true);
 }
 
 }  // namespace
 
-at::Tensor L2Norm(const at::Tensor& x) { return x * at::rsqrt(x.square().sum(-1, /*keepdim=*/true) + 1e-6); }
+at::Tensor L2Norm(const at::Tensor& x) {
+  return x * at::rsqrt(x.square().sum(-1, /*keepdim=*/true) + 1e-6);
+}
 
 at::Tensor ChunkedGatedDelta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& g, const at::Tensor& beta) {
@@ -54,14 +57,16 @@ at::Tensor ChunkedGatedDelta(const at::Tensor& q, const at::Tensor& k, const at:
 
   const at::Tensor grown_queries = queries * grown;
   const at::Tensor last = decay.select(-1, kChunk - 1);
-  const at::Tensor fading_keys_t = (keys * (last.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2);
+  const at::Tensor fading_keys_t =
+      (keys * (last.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2);
   const at::Tensor chunk_decay = last.exp().unsqueeze(-1).unsqueeze(-1);
 
   at::Tensor state = at::zeros({q.size(0), q.size(1), q.size(3), v.size(3)}, q.options());
   std::vector<at::Tensor> outputs;
   for (int64_t c = 0; c < keys.size(2); ++c) {
     const at::Tensor stored = values.select(2, c) - at::matmul(readers.select(2, c), state);
-    outputs.push_back(at::matmul(grown_queries.select(2, c), state) + at::matmul(within.select(2, c), stored));
+    outputs.push_back(at::matmul(grown_queries.select(2, c), state) +
+                      at::matmul(within.select(2, c), stored));
     state = state * chunk_decay.select(2, c) + at::matmul(fading_keys_t.select(2, c), stored);
   }
   return at::cat(outputs, 2).narrow(2, 0, tokens);

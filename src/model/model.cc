@@ -19,8 +19,8 @@ std::unique_ptr<TransformerModel> MakeFamily(std::string_view family) {
 
 }  // namespace
 
-at::Tensor RunLayer(const DecoderLayer& layer, const SequenceContext& context, const at::Tensor& hidden,
-                    LinearRunner& linears) {
+at::Tensor RunLayer(const DecoderLayer& layer, const SequenceContext& context,
+                    const at::Tensor& hidden, LinearRunner& linears) {
   LayerState state{.hidden = hidden, .held = {}};
   for (int s = 0; s < layer.num_stages(); ++s) {
     const at::Tensor x = layer.StageInput(s, context, state);
@@ -32,8 +32,9 @@ at::Tensor RunLayer(const DecoderLayer& layer, const SequenceContext& context, c
 }
 
 Result<std::unique_ptr<Model>> Model::Open(const Checkpoint& checkpoint) {
-  PQ_ASSIGN_OR_RETURN(ModelConfig config,
-                      ModelConfig::Parse(checkpoint.config(), (checkpoint.folder() / "config.json").string()));
+  PQ_ASSIGN_OR_RETURN(
+      ModelConfig config,
+      ModelConfig::Parse(checkpoint.config(), (checkpoint.folder() / "config.json").string()));
   const Profile* profile = FindProfile(config.architecture);
   std::unique_ptr<TransformerModel> model = MakeFamily(profile->family);
   PQ_RETURN_IF_ERROR(model->Initialize(checkpoint, std::move(config), *profile));
@@ -49,13 +50,17 @@ std::vector<LinearInfo> Model::LayerLinears(int layer) const {
 }
 
 Result<at::Tensor> Model::Embed(const at::Tensor& ids, const ComputeOptions& options) const {
-  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(config_.body_prefix + "embed_tokens.weight"));
-  if (ids.min().item<int64_t>() < 0 || ids.max().item<int64_t>() >= config_.vocab_size) {
-    return Status::InvalidInput(fmt::format("{}: token id {} is outside the vocabulary of {}",
-                                            checkpoint_->folder().string(), ids.max().item<int64_t>(),
-                                            config_.vocab_size));
+  const std::string name = config_.body_prefix + "embed_tokens.weight";
+  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(name));
+  const at::Tensor outside = at::logical_or(ids < 0, ids >= config_.vocab_size);
+  if (outside.any().item<bool>()) {
+    return Status::InvalidInput(fmt::format(
+        "{}: token id {} is outside the vocabulary of {}", checkpoint_->folder().string(),
+        ids.masked_select(outside)[0].item<int64_t>(), config_.vocab_size));
   }
-  return at::embedding(TensorFromView(view), ids).to(options.device, options.dtype);
+  const at::Tensor rows = at::embedding(TensorFromView(view), ids);
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, name, rows));
+  return rows.to(options.device, options.dtype);
 }
 
 SequenceContext Model::Context(int64_t tokens, const ComputeOptions& options) const {

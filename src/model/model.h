@@ -1,14 +1,16 @@
 #ifndef PRISMAQUANT_MODEL_MODEL_H_
 #define PRISMAQUANT_MODEL_MODEL_H_
 
-// Model: the text body of a checkpoint, run one decoder layer at a time. A Model knows the inventory (every Linear with
-// its layer, stage and fused unit) but holds no weights; LoadLayer and LoadHead read the weights of one layer or of the
-// head, and dropping the returned object frees them.
+// Model: the text body of a checkpoint, run one decoder layer at a time. A Model knows the
+// inventory (every Linear with its layer, stage and fused unit) but holds no weights; LoadLayer and
+// LoadHead read the weights of one layer or of the head, and dropping the returned object frees
+// them.
 //
-// A DecoderLayer is a sequence of stages. A stage is the set of Linears that share one input; between stages lies
-// everything that is not a Linear (norms, attention, Gated DeltaNet, activation functions). The caller multiplies, so
-// that probing, rendering and evaluating put their own Linear in place without the model knowing. All operations of a
-// layer are differentiable by libtorch's autograd.
+// A DecoderLayer is a sequence of stages. A stage is the set of Linears that share one input;
+// between stages lies everything that is not a Linear (norms, attention, Gated DeltaNet, activation
+// functions). The caller multiplies, so that probing, rendering and evaluating put their own Linear
+// in place without the model knowing. All operations of a layer are differentiable by libtorch's
+// autograd.
 //
 // Thread compatibility: const methods may run concurrently.
 
@@ -32,8 +34,8 @@ struct LinearInfo {
   DType dtype = DType::kBF16;  // of the stored weight
   int layer = 0, stage = 0;
   bool has_bias = false;
-  std::string unit;          // name of the fused set it belongs to; its own name if it is alone
-  bool allocatable = true;   // false: the profile keeps it in the source's dtype
+  std::string unit;         // name of the fused set it belongs to; its own name if it is alone
+  bool allocatable = true;  // false: the profile keeps it in the source's dtype
 };
 
 // What a layer needs to know of the positions of a batch of sequences.
@@ -43,8 +45,8 @@ struct SequenceContext {
 
 // A batch of sequences on its way through one layer.
 struct LayerState {
-  at::Tensor hidden;              // [sequences, tokens, hidden_size]; the layer's output after its last stage
-  std::vector<at::Tensor> held;   // what the layer keeps between its stages
+  at::Tensor hidden;  // [sequences, tokens, hidden_size]; the layer's output after its last stage
+  std::vector<at::Tensor> held;  // what the layer keeps between its stages
 };
 
 class DecoderLayer {
@@ -80,8 +82,8 @@ at::Tensor RunLayer(const DecoderLayer& layer, const SequenceContext& context,
 class OutputHead {
  public:
   virtual ~OutputHead() = default;
-  // hidden [.., hidden_size] (the last layer's output) -> logits [.., vocab_size], in the compute dtype as the reference
-  // implementation computes them. Differentiable.
+  // hidden [.., hidden_size] (the last layer's output) -> logits [.., vocab_size], in the compute
+  // dtype as the reference implementation computes them. Differentiable.
   virtual at::Tensor Logits(const at::Tensor& hidden) const = 0;
 };
 
@@ -92,9 +94,10 @@ struct ComputeOptions {
 
 class Model {
  public:
-  // `checkpoint` must outlive the model. Fails with kInvalidInput if the architecture is unknown, or a tensor is missing
-  // or has another shape than the configuration says. A quantized checkpoint opens too: the shapes of Linears then come
-  // from the configuration, and only LoadLayer's non-Linear tensors are read.
+  // `checkpoint` must outlive the model. Fails with kInvalidInput if the architecture is unknown,
+  // or a tensor is missing or has another shape than the configuration says. A quantized checkpoint
+  // opens too: the shapes of Linears then come from the configuration, and only LoadLayer's
+  // non-Linear tensors are read.
   static Result<std::unique_ptr<Model>> Open(const Checkpoint& checkpoint);
   virtual ~Model() = default;
 
@@ -112,7 +115,8 @@ class Model {
   virtual Result<std::unique_ptr<DecoderLayer>> LoadLayer(int layer,
                                                           const ComputeOptions& options) const = 0;
   virtual Result<std::unique_ptr<OutputHead>> LoadHead(const ComputeOptions& options) const = 0;
-  // The weight [out, in] of a Linear as the source stores it, checked finite; bias undefined if there is none.
+  // The weight [out, in] of a Linear as the source stores it, checked finite; bias undefined if
+  // there is none.
   Result<at::Tensor> LoadWeight(const LinearInfo& linear) const;
   Result<at::Tensor> LoadBias(const LinearInfo& linear) const;
   // All tensors of a layer, for read-ahead.

@@ -71,7 +71,8 @@ std::string FusedName(const Profile& profile, const std::string& linear) {
 
 std::string VllmName(const Profile& profile, const std::string& module) {
   for (const PrefixRename& rename : profile.vllm_names) {
-    if (module.starts_with(rename.from)) return std::string(rename.to) + module.substr(rename.from.size());
+    if (module.starts_with(rename.from))
+      return std::string(rename.to) + module.substr(rename.from.size());
   }
   return module;
 }

@@ -1,9 +1,9 @@
 #ifndef PRISMAQUANT_MODEL_PROFILE_H_
 #define PRISMAQUANT_MODEL_PROFILE_H_
 
-// Profile: what a model family's runtime (vLLM) demands of its Linears, as data: which are fused into one at load time
-// and so must share a format and global scales, which must stay unquantized, and how module names map to vLLM's.
-// Profiles are constants.
+// Profile: what a model family's runtime (vLLM) demands of its Linears, as data: which are fused
+// into one at load time and so must share a format and global scales, which must stay unquantized,
+// and how module names map to vLLM's. Profiles are constants.
 
 #include <span>
 #include <string>
@@ -13,8 +13,8 @@
 namespace prismaquant {
 
 struct FusedSet {
-  std::string_view fused;                  // vLLM's name, "qkv_proj"
-  std::vector<std::string_view> members;   // leaf names, {"q_proj", "k_proj", "v_proj"}
+  std::string_view fused;                 // vLLM's name, "qkv_proj"
+  std::vector<std::string_view> members;  // leaf names, {"q_proj", "k_proj", "v_proj"}
 };
 
 struct PrefixRename {
@@ -22,11 +22,12 @@ struct PrefixRename {
 };
 
 struct Profile {
-  std::string_view family;                       // "qwen3_5", "llama", "qwen3"
-  std::vector<std::string_view> architectures;   // values of config.json "architectures"
+  std::string_view family;                      // "qwen3_5", "llama", "qwen3"
+  std::vector<std::string_view> architectures;  // values of config.json "architectures"
   std::vector<FusedSet> fused;
-  std::vector<std::string_view> unquantized;     // leaf names of body Linears that stay in the source's dtype
-  std::vector<PrefixRename> vllm_names;          // checkpoint prefix -> vLLM prefix, first match wins
+  std::vector<std::string_view>
+      unquantized;  // leaf names of body Linears that stay in the source's dtype
+  std::vector<PrefixRename> vllm_names;  // checkpoint prefix -> vLLM prefix, first match wins
   // checkpoint prefix -> prefix in transformers' text-only class, where that class renames modules
   std::vector<PrefixRename> text_names = {};
 };
@@ -35,8 +36,8 @@ struct Profile {
 const Profile* FindProfile(std::string_view architecture);
 std::span<const Profile> AllProfiles();
 
-// "model.layers.3.self_attn.q_proj" -> "model.layers.3.self_attn.qkv_proj" by the profile's fused sets; the name itself
-// if it is in none.
+// "model.layers.3.self_attn.q_proj" -> "model.layers.3.self_attn.qkv_proj" by the profile's fused
+// sets; the name itself if it is in none.
 std::string FusedName(const Profile& profile, const std::string& linear);
 // The module name that vLLM gives to a checkpoint's module.
 std::string VllmName(const Profile& profile, const std::string& module);

@@ -9,9 +9,14 @@ constexpr AttentionVariant kAttention = {
 // Qwen3 dense: Llama with an RMSNorm on each query and key head.
 class Qwen3 : public TransformerModel {
  protected:
-  std::vector<std::vector<LinearShape>> MixerLinears(int) const override { return AttentionLinears(kAttention); }
-  std::vector<ParameterShape> MixerParameters(int) const override { return AttentionParameters(kAttention); }
-  Result<std::unique_ptr<Mixer>> LoadMixer(int layer, const ComputeOptions& options) const override {
+  std::vector<std::vector<LinearShape>> MixerLinears(int) const override {
+    return AttentionLinears(kAttention);
+  }
+  std::vector<ParameterShape> MixerParameters(int) const override {
+    return AttentionParameters(kAttention);
+  }
+  Result<std::unique_ptr<Mixer>> LoadMixer(int layer,
+                                           const ComputeOptions& options) const override {
     return LoadAttention(layer, kAttention, options);
   }
 };

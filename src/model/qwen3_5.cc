@@ -27,7 +27,8 @@ class GatedDeltaNet : public Mixer {
   GatedDeltaNet(const ModelConfig& config, DeltaNetParameters parameters)
       : config_(config), parameters_(std::move(parameters)) {}
 
-  at::Tensor Mix(const SequenceContext&, const std::vector<at::Tensor>& projections) const override {
+  at::Tensor Mix(const SequenceContext&,
+                 const std::vector<at::Tensor>& projections) const override {
     const at::Tensor& b = projections[2];
     const at::ScalarType wide = WideType(b);
     const at::Tensor mixed = Convolve(projections[0]);
@@ -35,13 +36,17 @@ class GatedDeltaNet : public Mixer {
     const int64_t value_size = config_.linear_value_heads * config_.linear_value_dim;
     const at::Tensor q = KeyHeads(mixed.narrow(-1, 0, key_size));
     const at::Tensor k = KeyHeads(mixed.narrow(-1, key_size, key_size));
-    const at::Tensor v = Heads(mixed.narrow(-1, 2 * key_size, value_size), config_.linear_value_dim).to(wide);
+    const at::Tensor v =
+        Heads(mixed.narrow(-1, 2 * key_size, value_size), config_.linear_value_dim).to(wide);
     const at::Tensor beta = b.sigmoid().transpose(1, 2).to(wide);
     const at::Tensor g =
-        (-parameters_.decay_rate * at::softplus(projections[3].to(wide) + parameters_.dt_bias)).transpose(1, 2);
+        (-parameters_.decay_rate * at::softplus(projections[3].to(wide) + parameters_.dt_bias))
+            .transpose(1, 2);
     const double scale = 1.0 / std::sqrt(static_cast<double>(config_.linear_key_dim));
-    const at::Tensor o = ChunkedGatedDelta(q * scale, k, v, g, beta).transpose(1, 2).to(b.scalar_type());
-    const at::Tensor gate = projections[1].unflatten(-1, {config_.linear_value_heads, config_.linear_value_dim});
+    const at::Tensor o =
+        ChunkedGatedDelta(q * scale, k, v, g, beta).transpose(1, 2).to(b.scalar_type());
+    const at::Tensor gate =
+        projections[1].unflatten(-1, {config_.linear_value_heads, config_.linear_value_dim});
     return GatedRmsNorm(o, parameters_.norm, gate, config_.rms_norm_eps).flatten(-2);
   }
 
@@ -49,14 +54,19 @@ class GatedDeltaNet : public Mixer {
   // Causal depthwise convolution and SiLU over all channels, [sequences, tokens, channels].
   at::Tensor Convolve(const at::Tensor& x) const {
     const int64_t tokens = x.size(1);
-    const at::Tensor padded = at::constant_pad_nd(x.transpose(1, 2), {config_.linear_conv_kernel - 1, 0});
+    const at::Tensor padded =
+        at::constant_pad_nd(x.transpose(1, 2), {config_.linear_conv_kernel - 1, 0});
     const std::array<int64_t, 1> one = {1}, none = {0};
-    const at::Tensor y = at::conv1d(padded, parameters_.conv, /*bias=*/std::optional<at::Tensor>(), /*stride=*/at::IntArrayRef(one),
-                                    /*padding=*/at::IntArrayRef(none), /*dilation=*/at::IntArrayRef(one), /*groups=*/x.size(2));
+    const at::Tensor y = at::conv1d(padded, parameters_.conv, /*bias=*/std::optional<at::Tensor>(),
+                                    /*stride=*/at::IntArrayRef(one),
+                                    /*padding=*/at::IntArrayRef(none),
+                                    /*dilation=*/at::IntArrayRef(one), /*groups=*/x.size(2));
     return at::silu(y.narrow(2, 0, tokens)).transpose(1, 2);
   }
   // [sequences, tokens, heads * dim] -> [sequences, heads, tokens, dim]
-  static at::Tensor Heads(const at::Tensor& x, int64_t dim) { return x.unflatten(-1, {-1, dim}).transpose(1, 2); }
+  static at::Tensor Heads(const at::Tensor& x, int64_t dim) {
+    return x.unflatten(-1, {-1, dim}).transpose(1, 2);
+  }
   // Normalised, and repeated for the value heads that share the key head.
   at::Tensor KeyHeads(const at::Tensor& x) const {
     const at::Tensor heads = L2Norm(Heads(x, config_.linear_key_dim).to(WideType(x)));
@@ -67,7 +77,8 @@ class GatedDeltaNet : public Mixer {
   DeltaNetParameters parameters_;
 };
 
-// Qwen3.5 / Qwen3.6 dense text body: Gated DeltaNet layers with a gated full-attention layer in between.
+// Qwen3.5 / Qwen3.6 dense text body: Gated DeltaNet layers with a gated full-attention layer in
+// between.
 class Qwen35 : public TransformerModel {
  protected:
   NormKind norm() const override { return NormKind::kPlusOne; }
@@ -91,14 +102,18 @@ class Qwen35 : public TransformerModel {
             {"linear_attn.norm.weight", {config_.linear_value_dim}}};
   }
 
-  Result<std::unique_ptr<Mixer>> LoadMixer(int layer, const ComputeOptions& options) const override {
+  Result<std::unique_ptr<Mixer>> LoadMixer(int layer,
+                                           const ComputeOptions& options) const override {
     if (!IsDeltaNet(layer)) return LoadAttention(layer, kAttention, options);
     const at::ScalarType wide = options.dtype == at::kDouble ? at::kDouble : at::kFloat;
     DeltaNetParameters p;
-    PQ_ASSIGN_OR_RETURN(p.conv, Parameter(layer, "linear_attn.conv1d.weight", options.dtype, options.device));
-    PQ_ASSIGN_OR_RETURN(const at::Tensor a_log, Parameter(layer, "linear_attn.A_log", wide, options.device));
+    PQ_ASSIGN_OR_RETURN(
+        p.conv, Parameter(layer, "linear_attn.conv1d.weight", options.dtype, options.device));
+    PQ_ASSIGN_OR_RETURN(const at::Tensor a_log,
+                        Parameter(layer, "linear_attn.A_log", wide, options.device));
     PQ_ASSIGN_OR_RETURN(p.dt_bias, Parameter(layer, "linear_attn.dt_bias", wide, options.device));
-    PQ_ASSIGN_OR_RETURN(p.norm, Parameter(layer, "linear_attn.norm.weight", options.dtype, options.device));
+    PQ_ASSIGN_OR_RETURN(p.norm,
+                        Parameter(layer, "linear_attn.norm.weight", options.dtype, options.device));
     p.decay_rate = a_log.exp();
     return std::unique_ptr<Mixer>(std::make_unique<GatedDeltaNet>(config_, std::move(p)));
   }

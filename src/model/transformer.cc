@@ -12,18 +12,22 @@
 namespace prismaquant {
 namespace {
 
-std::string ShapeText(const std::vector<int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+std::string ShapeText(const std::vector<int64_t>& shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
 
 class Attention : public Mixer {
  public:
-  Attention(const ModelConfig& config, const AttentionVariant& variant, at::Tensor q_norm, at::Tensor k_norm)
+  Attention(const ModelConfig& config, const AttentionVariant& variant, at::Tensor q_norm,
+            at::Tensor k_norm)
       : head_dim_(config.head_dim),
         eps_(config.rms_norm_eps),
         variant_(variant),
         q_norm_(std::move(q_norm)),
         k_norm_(std::move(k_norm)) {}
 
-  at::Tensor Mix(const SequenceContext& context, const std::vector<at::Tensor>& projections) const override {
+  at::Tensor Mix(const SequenceContext& context,
+                 const std::vector<at::Tensor>& projections) const override {
     at::Tensor q = Heads(projections[0], variant_.gated_query ? 2 * head_dim_ : head_dim_);
     at::Tensor k = Heads(projections[1], head_dim_);
     const at::Tensor v = Heads(projections[2], head_dim_).transpose(1, 2);
@@ -53,8 +57,8 @@ class Attention : public Mixer {
 
 class PreNormLayer : public DecoderLayer {
  public:
-  PreNormLayer(std::vector<std::vector<LinearInfo>> stages, std::unique_ptr<Mixer> mixer, NormKind norm, double eps,
-               at::Tensor input_norm, at::Tensor post_norm)
+  PreNormLayer(std::vector<std::vector<LinearInfo>> stages, std::unique_ptr<Mixer> mixer,
+               NormKind norm, double eps, at::Tensor input_norm, at::Tensor post_norm)
       : mixer_(std::move(mixer)),
         norm_(norm),
         eps_(eps),
@@ -117,7 +121,8 @@ std::string TransformerModel::LayerPrefix(int layer) const {
   return fmt::format("{}layers.{}.", config_.body_prefix, layer);
 }
 
-std::vector<std::vector<LinearShape>> TransformerModel::AttentionLinears(const AttentionVariant& variant) const {
+std::vector<std::vector<LinearShape>> TransformerModel::AttentionLinears(
+    const AttentionVariant& variant) const {
   const int64_t h = config_.hidden_size, d = config_.head_dim;
   const bool bias = config_.attention_bias;
   const int64_t q = config_.num_heads * d;
@@ -127,30 +132,35 @@ std::vector<std::vector<LinearShape>> TransformerModel::AttentionLinears(const A
           {{"self_attn.o_proj", h, q, bias}}};
 }
 
-std::vector<ParameterShape> TransformerModel::AttentionParameters(const AttentionVariant& variant) const {
+std::vector<ParameterShape> TransformerModel::AttentionParameters(
+    const AttentionVariant& variant) const {
   if (!variant.norm_heads) return {};
-  return {{"self_attn.q_norm.weight", {config_.head_dim}}, {"self_attn.k_norm.weight", {config_.head_dim}}};
+  return {{"self_attn.q_norm.weight", {config_.head_dim}},
+          {"self_attn.k_norm.weight", {config_.head_dim}}};
 }
 
-Result<std::unique_ptr<Mixer>> TransformerModel::LoadAttention(int layer, const AttentionVariant& variant,
-                                                               const ComputeOptions& options) const {
+Result<std::unique_ptr<Mixer>> TransformerModel::LoadAttention(
+    int layer, const AttentionVariant& variant, const ComputeOptions& options) const {
   at::Tensor q_norm, k_norm;
   if (variant.norm_heads) {
-    PQ_ASSIGN_OR_RETURN(q_norm, Parameter(layer, "self_attn.q_norm.weight", options.dtype, options.device));
-    PQ_ASSIGN_OR_RETURN(k_norm, Parameter(layer, "self_attn.k_norm.weight", options.dtype, options.device));
+    PQ_ASSIGN_OR_RETURN(q_norm,
+                        Parameter(layer, "self_attn.q_norm.weight", options.dtype, options.device));
+    PQ_ASSIGN_OR_RETURN(k_norm,
+                        Parameter(layer, "self_attn.k_norm.weight", options.dtype, options.device));
   }
   return MakeAttention(config_, variant, std::move(q_norm), std::move(k_norm));
 }
 
-Result<at::Tensor> TransformerModel::Parameter(int layer, const std::string& name, at::ScalarType dtype,
-                                               at::Device device) const {
+Result<at::Tensor> TransformerModel::Parameter(int layer, const std::string& name,
+                                               at::ScalarType dtype, at::Device device) const {
   return checkpoint_tensors::Load(*checkpoint_, LayerPrefix(layer) + name, dtype, device);
 }
 
 std::vector<std::vector<LinearInfo>> TransformerModel::LayerStages(int layer) const {
   std::vector<std::vector<LinearShape>> shapes = MixerLinears(layer);
   const int64_t h = config_.hidden_size, m = config_.intermediate_size;
-  shapes.push_back({{"mlp.gate_proj", m, h, config_.mlp_bias}, {"mlp.up_proj", m, h, config_.mlp_bias}});
+  shapes.push_back(
+      {{"mlp.gate_proj", m, h, config_.mlp_bias}, {"mlp.up_proj", m, h, config_.mlp_bias}});
   shapes.push_back({{"mlp.down_proj", h, m, config_.mlp_bias}});
   std::vector<std::vector<LinearInfo>> stages;
   for (size_t s = 0; s < shapes.size(); ++s) {
@@ -183,16 +193,18 @@ std::vector<ParameterShape> TransformerModel::LayerParameters(int layer) const {
   return parameters;
 }
 
-Status TransformerModel::CheckShape(const std::string& tensor, const std::vector<int64_t>& shape) const {
+Status TransformerModel::CheckShape(const std::string& tensor,
+                                    const std::vector<int64_t>& shape) const {
   PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(tensor));
   if (view.shape != shape) {
-    return Status::InvalidInput(fmt::format("{}: tensor {} has shape {}, expected {} by config.json",
-                                            checkpoint_->folder().string(), tensor, ShapeText(view.shape),
-                                            ShapeText(shape)));
+    return Status::InvalidInput(fmt::format(
+        "{}: tensor {} has shape {}, expected {} by config.json", checkpoint_->folder().string(),
+        tensor, ShapeText(view.shape), ShapeText(shape)));
   }
   if (view.dtype != DType::kBF16 && view.dtype != DType::kF16 && view.dtype != DType::kF32) {
     return Status::InvalidInput(fmt::format("{}: tensor {} is {}, expected BF16, F16 or F32",
-                                            checkpoint_->folder().string(), tensor, DTypeName(view.dtype)));
+                                            checkpoint_->folder().string(), tensor,
+                                            DTypeName(view.dtype)));
   }
   return {};
 }
@@ -204,7 +216,8 @@ Status TransformerModel::CheckLinear(const LinearInfo& linear) const {
   return quantized ? Status() : CheckShape(linear.name + ".weight", {linear.out, linear.in});
 }
 
-Status TransformerModel::Initialize(const Checkpoint& checkpoint, ModelConfig config, const Profile& profile) {
+Status TransformerModel::Initialize(const Checkpoint& checkpoint, ModelConfig config,
+                                    const Profile& profile) {
   checkpoint_ = &checkpoint;
   config_ = std::move(config);
   profile_ = &profile;
@@ -226,26 +239,29 @@ Status TransformerModel::Initialize(const Checkpoint& checkpoint, ModelConfig co
   return {};
 }
 
-Result<std::unique_ptr<DecoderLayer>> TransformerModel::LoadLayer(int layer, const ComputeOptions& options) const {
+Result<std::unique_ptr<DecoderLayer>> TransformerModel::LoadLayer(
+    int layer, const ComputeOptions& options) const {
   PQ_ASSIGN_OR_RETURN(std::unique_ptr<Mixer> mixer, LoadMixer(layer, options));
   PQ_ASSIGN_OR_RETURN(at::Tensor input_norm,
                       Parameter(layer, "input_layernorm.weight", options.dtype, options.device));
-  PQ_ASSIGN_OR_RETURN(at::Tensor post_norm,
-                      Parameter(layer, "post_attention_layernorm.weight", options.dtype, options.device));
-  return std::unique_ptr<DecoderLayer>(
-      std::make_unique<PreNormLayer>(LayerStages(layer), std::move(mixer), norm(), config_.rms_norm_eps,
-                                     std::move(input_norm), std::move(post_norm)));
+  PQ_ASSIGN_OR_RETURN(at::Tensor post_norm, Parameter(layer, "post_attention_layernorm.weight",
+                                                      options.dtype, options.device));
+  return std::unique_ptr<DecoderLayer>(std::make_unique<PreNormLayer>(
+      LayerStages(layer), std::move(mixer), norm(), config_.rms_norm_eps, std::move(input_norm),
+      std::move(post_norm)));
 }
 
-Result<std::unique_ptr<OutputHead>> TransformerModel::LoadHead(const ComputeOptions& options) const {
-  const std::string weight_name = config_.tied_head ? config_.body_prefix + "embed_tokens.weight" : "lm_head.weight";
+Result<std::unique_ptr<OutputHead>> TransformerModel::LoadHead(
+    const ComputeOptions& options) const {
+  const std::string weight_name =
+      config_.tied_head ? config_.body_prefix + "embed_tokens.weight" : "lm_head.weight";
   PQ_ASSIGN_OR_RETURN(at::Tensor norm_weight,
-                      checkpoint_tensors::Load(*checkpoint_, config_.body_prefix + "norm.weight", options.dtype,
-                                               options.device));
-  PQ_ASSIGN_OR_RETURN(at::Tensor weight,
-                      checkpoint_tensors::Load(*checkpoint_, weight_name, options.dtype, options.device));
-  return std::unique_ptr<OutputHead>(std::make_unique<NormedHead>(norm(), config_.rms_norm_eps,
-                                                                  std::move(norm_weight), std::move(weight)));
+                      checkpoint_tensors::Load(*checkpoint_, config_.body_prefix + "norm.weight",
+                                               options.dtype, options.device));
+  PQ_ASSIGN_OR_RETURN(at::Tensor weight, checkpoint_tensors::Load(*checkpoint_, weight_name,
+                                                                  options.dtype, options.device));
+  return std::unique_ptr<OutputHead>(std::make_unique<NormedHead>(
+      norm(), config_.rms_norm_eps, std::move(norm_weight), std::move(weight)));
 }
 
 }  // namespace prismaquant

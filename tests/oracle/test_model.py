@@ -1,0 +1,154 @@
+"""The model families against transformers: logits in float32 and bfloat16, gradients in float64."""
+
+import pytest
+import torch
+from reference_models import (
+    LLAMA3_ROPE,
+    bundled_model,
+    dump,
+    float64_everywhere,
+    gradients,
+    load_model,
+    make_checkpoint,
+    random_ids,
+)
+from tokenizers import Tokenizer
+
+
+def delta_net(key_heads: int, value_heads: int, **more) -> dict:
+    return {"linear_num_key_heads": key_heads, "linear_num_value_heads": value_heads, **more}
+
+
+CASES = {
+    "llama": {"family": "llama"},
+    "llama-multi-head-tied": {"family": "llama", "tie": True, "config": {"num_key_value_heads": 4}},
+    "llama-one-kv-head": {"family": "llama", "config": {"num_key_value_heads": 1}},
+    "llama-wide-heads": {"family": "llama", "config": {"head_dim": 24, "rms_norm_eps": 1e-5}},
+    "llama-llama3-rope": {"family": "llama", "config": {"rope_parameters": LLAMA3_ROPE}},
+    "llama-biases": {"family": "llama", "config": {"attention_bias": True, "mlp_bias": True}},
+    "qwen3": {"family": "qwen3"},
+    "qwen3-wide-heads-tied": {"family": "qwen3", "tie": True, "config": {"head_dim": 40}},
+    "qwen3-bias": {"family": "qwen3", "config": {"attention_bias": True}},
+    "qwen3_5": {"family": "qwen3_5"},
+    "qwen3_5-ratio-1-tied": {"family": "qwen3_5", "tie": True, "config": delta_net(3, 3)},
+    "qwen3_5-ratio-3": {
+        "family": "qwen3_5",
+        "config": delta_net(2, 6, num_key_value_heads=1, linear_conv_kernel_dim=3),
+    },
+    "qwen3_5_text": {"family": "qwen3_5_text", "config": delta_net(1, 3)},
+    "qwen3_5_text-tied": {"family": "qwen3_5_text", "tie": True},
+}
+LENGTHS = [1, 63, 64, 65, 130]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Folder of a case's checkpoint in a dtype, made once."""
+    made = {}
+
+    def get(name: str, dtype: torch.dtype):
+        if (name, dtype) not in made:
+            folder = tmp_path_factory.mktemp("checkpoint")
+            made[name, dtype] = make_checkpoint(CASES[name], folder, dtype)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def bundled_ids() -> torch.Tensor:
+    tokenizer = Tokenizer.from_file(str(bundled_model() / "tokenizer.json"))
+    ids = tokenizer.encode((bundled_model() / "heldout.txt").read_text()).ids
+    return torch.tensor(ids[:1024]).reshape(2, 512)
+
+
+def reference_logits(folder, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with torch.no_grad():
+        return load_model(folder, dtype)(input_ids=ids, use_cache=False).logits
+
+
+def assert_logits_match(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    spread = (expected.max() - expected.min()).item()
+    assert (found - expected).abs().max().item() <= 2e-5 * spread
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_logits(name, checkpoint, tmp_path):
+    folder = checkpoint(name, torch.float32)
+    lengths = LENGTHS if name in ("llama", "qwen3", "qwen3_5") else [70]
+    for tokens in lengths:
+        ids = random_ids(CASES[name], 2, tokens)
+        found = dump(folder, ids, "float32", tmp_path)["logits"]
+        assert_logits_match(found, reference_logits(folder, ids, torch.float32))
+
+
+def test_float32_logits_of_bundled_model(bundled_ids, tmp_path):
+    found = dump(bundled_model(), bundled_ids, "float32", tmp_path)["logits"]
+    assert_logits_match(found, reference_logits(bundled_model(), bundled_ids, torch.float32))
+
+
+def divergence(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean KL(logits || reference) in nats per token."""
+    p, q = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def assert_bfloat16_is_as_close(folder, ids: torch.Tensor, scratch) -> None:
+    reference = reference_logits(folder, ids, torch.float32)
+    theirs = divergence(reference_logits(folder, ids, torch.bfloat16), reference)
+    ours = divergence(dump(folder, ids, "bfloat16", scratch)["logits"], reference)
+    print(f"KL to float32: ours {ours:.3e}, transformers {theirs:.3e}")
+    assert ours <= 1.5 * theirs + 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-llama3-rope", "qwen3", "qwen3_5", "qwen3_5_text"])
+def test_bfloat16_is_as_close_as_transformers(name, checkpoint, tmp_path):
+    folder = checkpoint(name, torch.bfloat16)
+    assert_bfloat16_is_as_close(folder, random_ids(CASES[name], 4, 130), tmp_path)
+
+
+def test_bfloat16_of_bundled_model(bundled_ids, tmp_path):
+    assert_bfloat16_is_as_close(bundled_model(), bundled_ids, tmp_path)
+
+
+def assert_gradients_match(folder, ids: torch.Tensor, vocabulary: int, scratch, monkeypatch):
+    direction = torch.randn(*ids.shape, vocabulary, dtype=torch.float64)
+    found = dump(folder, ids, "float64", scratch, direction)
+    model = load_model(folder, torch.float64)
+    with float64_everywhere(model, monkeypatch):
+        expected = gradients(model, ids, direction)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float64 and found[name].shape == tensor.shape, name
+        error = (found[name] - tensor).abs().max().item() / tensor.abs().max().item()
+        assert error <= 1e-9, f"{name}: relative error {error}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float64_gradients(name, checkpoint, tmp_path, monkeypatch):
+    torch.manual_seed(2)
+    folder = checkpoint(name, torch.float32)
+    ids = random_ids(CASES[name], 2, 70)
+    assert_gradients_match(folder, ids, 96, tmp_path, monkeypatch)
+
+
+def test_float64_gradients_of_bundled_model(bundled_ids, tmp_path, monkeypatch):
+    torch.manual_seed(2)
+    assert_gradients_match(bundled_model(), bundled_ids[:, :130], 2048, tmp_path, monkeypatch)
+
+
+def test_gradients_in_bfloat16_and_float32_agree(checkpoint, tmp_path):
+    """bfloat16 gradients point where the float64 ones do."""
+    torch.manual_seed(2)
+    folder = checkpoint("qwen3_5", torch.bfloat16)
+    ids = random_ids(CASES["qwen3_5"], 2, 70)
+    direction = torch.randn(2, 70, 96)
+    exact = dump(folder, ids, "float64", tmp_path, direction)
+    for dtype, least in (("float32", 1 - 1e-6), ("bfloat16", 0.98)):
+        rough = dump(folder, ids, dtype, tmp_path, direction)
+        for name in (n for n in exact if n.endswith((".g", ".grad"))):
+            cosine = torch.cosine_similarity(
+                rough[name].double().flatten(), exact[name].flatten(), dim=0
+            )
+            assert cosine >= least, f"{name} in {dtype}: cosine {cosine}"
