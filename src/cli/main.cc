@@ -1,1 +1,43 @@
-int main() { return 0; }
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <vector>
+
+#include "base/version.h"
+#include "cli/command.h"
+#include "formats/torch_guard.h"
+
+namespace {
+
+constexpr int kBadUsage = 2;
+
+int Run(const std::vector<prismaquant::Command>& commands) {
+  for (const prismaquant::Command& command : commands) {
+    if (!command.app->parsed()) continue;
+    const prismaquant::Status status = prismaquant::GuardTorch(command.app->get_name(), command.run);
+    if (!status.ok()) fmt::print(stderr, "prismaquant: {}\n", status.message());
+    return status.exit_code();
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Quantizes language models to mixed-precision compressed-tensors checkpoints.", "prismaquant");
+  app.set_version_flag("--version", prismaquant::kVersion);
+  app.require_subcommand(1);
+  const std::vector<prismaquant::Command> commands = {
+      prismaquant::AddQuantizeCommand(app), prismaquant::AddProbeCommand(app),
+      prismaquant::AddAllocateCommand(app), prismaquant::AddExportCommand(app),
+      prismaquant::AddEvaluateCommand(app), prismaquant::AddInspectCommand(app),
+      prismaquant::AddVerifyCommand(app),   prismaquant::AddTokenizeCommand(app)};
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    const int code = app.exit(error);
+    return code == 0 ? 0 : kBadUsage;
+  }
+  return Run(commands);
+}

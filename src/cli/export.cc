@@ -1,0 +1,75 @@
+#include <fmt/format.h>
+
+#include <memory>
+#include <string>
+
+#include "cli/delivery.h"
+#include "cli/tables.h"
+#include "io/file_system.h"
+
+namespace prismaquant {
+namespace {
+
+struct ExportFlags {
+  std::string work, out, choices, base_model;
+  bool overwrite = false;
+  PlanFlags plan;
+  RenderFlags render;
+};
+
+// The plan of an edited or unedited allocation.
+Status TakeChoices(Session& session, const std::string& file, Delivery& delivery) {
+  PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
+  PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(text, file));
+  std::vector<std::string> linears;
+  for (const LinearInfo& linear : session.model().linears()) {
+    if (linear.allocatable) linears.push_back(linear.name);
+  }
+  PQ_ASSIGN_OR_RETURN(const auto choices, ChoicesFromJson(json, file, linears));
+  PlanFlags all;
+  all.formats = {"nvfp4", "fp8", "mxfp8", "bf16"};
+  all.kernels = "any";
+  for (const auto& [linear, format] : choices) all.pin.push_back(fmt::format("^{}$={}", linear, format));
+  PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), choices));
+  PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/true));
+  PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(""));
+  return {};
+}
+
+Status RunExport(const ExportFlags& flags) {
+  PQ_ASSIGN_OR_RETURN(const auto session, Session::Resume(flags.work));
+  Delivery delivery{.out = flags.out, .overwrite = flags.overwrite, .base_model = flags.base_model};
+  if (!flags.choices.empty()) {
+    PQ_RETURN_IF_ERROR(TakeChoices(*session, flags.choices, delivery));
+  } else {
+    PQ_ASSIGN_OR_RETURN(const Planner planner, session->MakePlanner(flags.plan, /*with_costs=*/true));
+    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(planner, flags.plan));
+    delivery.plan = std::move(chosen.plan);
+    delivery.sweep = std::move(chosen.sweep);
+    PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session->model(), delivery.plan.choices));
+  }
+  if (session->labels() == LabelRule::kSampled) delivery.predicted_kl = delivery.plan.cost;
+  PQ_ASSIGN_OR_RETURN(delivery.joint_loss, JointLoss(session->store(), session->loss_tokens(), delivery.plan.choices));
+  PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
+  PrintPlan(delivery.plan, delivery.sweep, session->labels());
+  PQ_RETURN_IF_ERROR(Deliver(*session, delivery));
+  PrintTimes(session->times());
+  return {};
+}
+
+}  // namespace
+
+Command AddExportCommand(CLI::App& app) {
+  const auto flags = std::make_shared<ExportFlags>();
+  CLI::App* command = app.add_subcommand("export", "Round the weights of a probed run and write a checkpoint");
+  command->add_option("--work", flags->work, "Run store folder of a finished probe")->required();
+  command->add_option("OUT", flags->out, "Folder to write")->required();
+  command->add_option("--choices", flags->choices, "Take the formats from this JSON of allocate, edited or not");
+  flags->plan.Register(*command);
+  flags->render.Register(*command);
+  command->add_option("--base-model", flags->base_model, "Name of the source model in the card");
+  command->add_flag("--overwrite", flags->overwrite, "Replace OUT if it exists");
+  return {command, [flags] { return RunExport(*flags); }};
+}
+
+}  // namespace prismaquant

@@ -1,0 +1,118 @@
+#ifndef PRISMAQUANT_CLI_SESSION_H_
+#define PRISMAQUANT_CLI_SESSION_H_
+
+// Session: what the commands that work on a run share: the source checkpoint with its model and tokenizer, the calibration
+// windows and the run store, and the stages on top of them. The option structs are filled by CLI11.
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "allocate/plan.h"
+#include "base/progress.h"
+#include "cli/command.h"
+#include "data/calibration.h"
+#include "evaluate/evaluate.h"
+#include "io/checkpoint.h"
+#include "model/model.h"
+#include "probe/probe.h"
+#include "probe/unit_costs.h"
+#include "render/render.h"
+#include "store/run_store.h"
+#include "tokenizer/tokenizer.h"
+
+namespace prismaquant {
+
+struct CalibrationFlags {
+  std::string file;
+  int64_t samples = 32, tokens = 512;
+  uint64_t seed = 0;
+  std::string labels = "sampled";
+  std::string precision = "auto";
+  int threads = 0;
+
+  void Register(CLI::App& command, bool file_required);
+};
+
+struct PlanFlags {
+  double bpp = 0;
+  std::string size;
+  std::vector<double> sweep;
+  bool knee = false;
+  std::vector<std::string> formats;
+  std::vector<std::string> pin, forbid;
+  std::string kernels = "vllm", cost, preset;
+
+  void Register(CLI::App& command);
+};
+
+struct RenderFlags {
+  std::string mode = "gptq";
+  double damping = GptqOptions().damping;
+  std::string hessian = "guided";
+
+  void Register(CLI::App& command);
+};
+
+// "auto", "bf16" or "float32" -> the dtype; auto is bf16 where the processor multiplies it natively.
+at::ScalarType ComputeType(const std::string& precision, DType source);
+
+class Session {
+ public:
+  // Opens source, tokenizer and calibration, and binds the store at `work` to them.
+  static Result<std::unique_ptr<Session>> Start(const std::filesystem::path& source, const std::filesystem::path& work,
+                                                const CalibrationFlags& flags);
+  // Goes on with the run that the store at `work` was made by.
+  static Result<std::unique_ptr<Session>> Resume(const std::filesystem::path& work);
+
+  const Checkpoint& checkpoint() const { return *checkpoint_; }
+  const Model& model() const { return *model_; }
+  const Tokenizer& tokenizer() const { return *tokenizer_; }
+  const TokenWindows& windows() const { return windows_; }
+  RunStore& store() { return *store_; }
+  const std::map<std::string, std::string>& identity() const { return identity_; }
+  LabelRule labels() const;
+  int64_t loss_tokens() const { return LossTokens(windows_, labels()); }
+  const ComputeOptions& compute() const { return compute_; }
+  const std::vector<StageTime>& times() const { return times_; }
+
+  // The stages. Each reuses what the store holds.
+  Status Probe();
+  Result<Planner> MakePlanner(const PlanFlags& flags, bool with_costs);
+  Status Render(const FormatChoice& formats, const RenderOptions& options, const std::string& key);
+  // Runs `body` and remembers how long it took.
+  Status Timed(const std::string& stage, const std::function<Status()>& body);
+
+ private:
+  Session() = default;
+  Status OpenSource(const std::filesystem::path& source);
+
+  std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  TokenWindows windows_;
+  std::unique_ptr<RunStore> store_;
+  std::map<std::string, std::string> identity_;
+  ComputeOptions compute_;
+  std::vector<StageTime> times_;
+};
+
+// The plan of the flags' budget (5.5 bpp if none is given), and the sweep around it.
+struct ChosenPlan {
+  PlannedAllocation plan;
+  std::vector<PlannedAllocation> sweep;
+};
+Result<ChosenPlan> ChoosePlan(const Planner& planner, const PlanFlags& flags);
+
+// Format objects for the plan's choices; Linears that the plan does not mention stay in the source's format.
+Result<FormatChoice> ToFormats(const Model& model, const std::map<std::string, std::string>& choices);
+
+Result<RenderOptions> ToRenderOptions(const RenderFlags& flags, const ComputeOptions& compute);
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_CLI_SESSION_H_
