@@ -134,8 +134,8 @@ std::tuple<at::Tensor, at::Tensor> Fp8EncodeCpu(const at::Tensor& weight,
     scale.data_ptr<float>()[r] = rows::Fp8Scale(w.const_data_ptr<float>() + r * in, in);
   });
   at::Tensor stored = scale.to(scale_type);
-  stored.masked_fill_(stored == 0,
-                      rows::kFp8ZeroScale);  // float16 has no room for the smallest scales
+  // float16 has no room for the smallest scales.
+  stored.masked_fill_(stored == 0, rows::kFp8ZeroScale);
   const at::Tensor effective = stored.to(at::kFloat);
   ForRows(out, in, [&](int64_t r) {
     rows::Fp8Encode(w.const_data_ptr<float>() + r * in, in, effective.const_data_ptr<float>()[r],
