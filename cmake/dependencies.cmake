@@ -1,31 +1,26 @@
 # libtorch comes from the torch wheel of the interpreter PRISMAQUANT_PYTHON; the small libraries from the system.
+# The wheel's own CMake package is not used: with CUDA it demands a toolkit, which linking does not need, as the
+# libraries find NVIDIA's through their own paths.
 set(PRISMAQUANT_PYTHON "python3" CACHE STRING "Python interpreter whose torch wheel provides libtorch")
-if(NOT Torch_DIR)
-  execute_process(
-    COMMAND ${PRISMAQUANT_PYTHON} -c "import torch; print(torch.utils.cmake_prefix_path)"
-    OUTPUT_VARIABLE torch_prefix OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE torch_missing)
-  if(torch_missing)
-    message(FATAL_ERROR "${PRISMAQUANT_PYTHON} has no torch; run scripts/setup.sh or set PRISMAQUANT_PYTHON")
-  endif()
-  list(PREPEND CMAKE_PREFIX_PATH ${torch_prefix})
+execute_process(
+  COMMAND ${PRISMAQUANT_PYTHON} -c "import torch; print(torch.__path__[0])"
+  OUTPUT_VARIABLE torch_folder OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE torch_missing)
+if(torch_missing)
+  message(FATAL_ERROR "${PRISMAQUANT_PYTHON} has no torch; run scripts/setup.sh or set PRISMAQUANT_PYTHON")
 endif()
-find_package(Torch REQUIRED)
+message(STATUS "libtorch: ${torch_folder}")
 
 # The wheel's include folder carries its own fmt and pybind11. Searching it after the system's folders keeps
 # every translation unit on the one system fmt that is linked.
 add_library(pq_torch INTERFACE)
-get_target_property(torch_includes torch INTERFACE_INCLUDE_DIRECTORIES)
-foreach(target torch torch_cpu torch_cuda c10 c10_cuda torch_library torch_cpu_library caffe2::mkl)
-  if(TARGET ${target})
-    set_target_properties(${target} PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "" INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "")
-  endif()
-endforeach()
-foreach(dir ${torch_includes} ${TORCH_INCLUDE_DIRS})
-  if(NOT dir MATCHES "^/usr/include$")
-    target_compile_options(pq_torch INTERFACE "SHELL:-idirafter ${dir}")
-  endif()
-endforeach()
-target_link_libraries(pq_torch INTERFACE ${TORCH_LIBRARIES})
+target_compile_definitions(pq_torch INTERFACE USE_C10D_GLOO USE_DISTRIBUTED USE_RPC USE_TENSORPIPE)
+target_compile_options(pq_torch INTERFACE
+  "SHELL:-idirafter ${torch_folder}/include" "SHELL:-idirafter ${torch_folder}/include/torch/csrc/api/include")
+# libtorch.so has no symbols of its own: it is what loads libtorch_cuda.so where the wheel has one.
+target_link_libraries(pq_torch INTERFACE
+  ${torch_folder}/lib/libtorch_cpu.so ${torch_folder}/lib/libc10.so
+  "-Wl,--push-state,--no-as-needed,${torch_folder}/lib/libtorch.so,--pop-state")
+target_link_options(pq_torch INTERFACE -Wl,--allow-shlib-undefined)
 
 find_package(nlohmann_json REQUIRED)
 find_package(fmt REQUIRED)
