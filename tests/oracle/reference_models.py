@@ -58,8 +58,7 @@ def dump_program() -> str:
 
 
 def bundled_model() -> pathlib.Path:
-    default = pathlib.Path(os.environ["PRISMAQUANT_SOURCE_DIR"]) / "examples" / "tiny-qwen3_5"
-    return pathlib.Path(os.environ.get("PRISMAQUANT_TINY_MODEL", default))
+    return pathlib.Path(os.environ["PRISMAQUANT_SOURCE_DIR"]) / "examples" / "tiny-qwen3_5"
 
 
 def _config(case: dict) -> transformers.PretrainedConfig:
@@ -138,7 +137,7 @@ def dump(folder, ids, dtype: str, scratch, direction=None) -> dict:
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with safe_open(out, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
 class _DoubleTorch:
