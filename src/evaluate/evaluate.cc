@@ -58,7 +58,7 @@ WindowSums ScoreWindow(const OutputHead& source_head, const OutputHead& head,
   WindowSums sums;
   const at::Tensor next = WindowIds(window).narrow(0, 1, static_cast<int64_t>(window.size()) - 1).unsqueeze(1);
   const int64_t positions = next.size(0);
-  int64_t block = 32;
+  const int64_t block = std::clamp<int64_t>(kBlockElements / head.vocab_size(), 1, 512);
   for (int64_t first = 0; first < positions; first += block) {
     const int64_t count = std::min(block, positions - first);
     const at::Tensor p = LogProbs(source_head, source_hidden.narrow(0, first, count));
@@ -73,7 +73,6 @@ WindowSums ScoreWindow(const OutputHead& source_head, const OutputHead& head,
     log_probs.source.insert(log_probs.source.end(), token_p.data_ptr<double>(), token_p.data_ptr<double>() + count);
     log_probs.quantized.insert(log_probs.quantized.end(), token_q.data_ptr<double>(),
                                token_q.data_ptr<double>() + count);
-    block = std::clamp<int64_t>(kBlockElements / p.size(-1), 1, 512);
   }
   sums.positions = positions;
   return sums;

@@ -15,8 +15,8 @@ bool SameTensor(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
-Result<StoredLinear> FindStoredLinear(const Checkpoint& checkpoint, const LinearInfo& linear) {
-  StoredLinear result;
+Result<LinearTensors> FindLinearTensors(const Checkpoint& checkpoint, const LinearInfo& linear) {
+  LinearTensors result;
   for (const char* suffix : kSuffixes) {
     if (const TensorView* view = checkpoint.Find(linear.name + "." + suffix)) {
       result.tensors[suffix] = TensorFromView(*view);
@@ -38,7 +38,7 @@ Result<std::unique_ptr<QuantizedLinears>> QuantizedLinears::Load(const Model& mo
                                                                  const ComputeOptions& compute) {
   auto result = std::make_unique<QuantizedLinears>();
   for (const LinearInfo& linear : model.LayerLinears(layer)) {
-    PQ_ASSIGN_OR_RETURN(StoredLinear stored, FindStoredLinear(model.checkpoint(), linear));
+    PQ_ASSIGN_OR_RETURN(LinearTensors stored, FindLinearTensors(model.checkpoint(), linear));
     PQ_ASSIGN_OR_RETURN(const at::Tensor bias, model.LoadBias(linear));
     Entry& entry = result->entries_[linear.name];
     entry.format = stored.format;

@@ -39,11 +39,11 @@ class QuantizedLinears : public LinearRunner {
 
 // The stored tensors "<linear>.*" of a checkpoint that belong to a format (bias left out), mapped without copying, and
 // the format they are in. kInvalidInput if none fits.
-struct StoredLinear {
+struct LinearTensors {
   const Format* format = nullptr;
   StoredTensors tensors;
 };
-Result<StoredLinear> FindStoredLinear(const Checkpoint& checkpoint, const LinearInfo& linear);
+Result<LinearTensors> FindLinearTensors(const Checkpoint& checkpoint, const LinearInfo& linear);
 
 }  // namespace prismaquant
 

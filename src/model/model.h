@@ -85,6 +85,7 @@ class OutputHead {
   // hidden [.., hidden_size] (the last layer's output) -> logits [.., vocab_size], in the compute
   // dtype as the reference implementation computes them. Differentiable.
   virtual at::Tensor Logits(const at::Tensor& hidden) const = 0;
+  virtual int64_t vocab_size() const = 0;
 };
 
 struct ComputeOptions {

@@ -100,6 +100,8 @@ class NormedHead : public OutputHead {
     return at::linear(ApplyNorm(norm_, hidden, norm_weight_, eps_), weight_);
   }
 
+  int64_t vocab_size() const override { return weight_.size(0); }
+
  private:
   NormKind norm_;
   double eps_;

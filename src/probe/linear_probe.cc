@@ -8,12 +8,11 @@ namespace {
 class ProbedLinear : public torch::autograd::Function<ProbedLinear> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
-                            const at::Tensor& weight, const at::Tensor& bias, int64_t id,
-                            int64_t observer) {
+                            const at::Tensor& weight, int64_t id, int64_t observer) {
     context->save_for_backward({x, weight});
     context->saved_data["id"] = id;
     context->saved_data["observer"] = observer;
-    return at::linear(x, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+    return at::linear(x, weight);
   }
 
   static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
@@ -26,7 +25,7 @@ class ProbedLinear : public torch::autograd::Function<ProbedLinear> {
     auto* observer = reinterpret_cast<LinearObserver*>(context->saved_data["observer"].toInt());
     observer->Observe(static_cast<int>(context->saved_data["id"].toInt()), x.reshape({-1, x.size(-1)}),
                       g.reshape({-1, g.size(-1)}), dx.reshape({-1, dx.size(-1)}));
-    return {dx, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+    return {dx, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -34,8 +33,9 @@ class ProbedLinear : public torch::autograd::Function<ProbedLinear> {
 
 at::Tensor ApplyProbed(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int id,
                        LinearObserver& observer) {
-  return ProbedLinear::apply(x, weight, bias, static_cast<int64_t>(id),
-                             static_cast<int64_t>(reinterpret_cast<intptr_t>(&observer)));
+  const at::Tensor y = ProbedLinear::apply(x, weight, static_cast<int64_t>(id),
+                                           static_cast<int64_t>(reinterpret_cast<intptr_t>(&observer)));
+  return bias.defined() ? y + bias : y;
 }
 
 }  // namespace prismaquant

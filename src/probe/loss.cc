@@ -43,7 +43,7 @@ SequenceLoss LossAndGradient(const OutputHead& head, const at::Tensor& hidden,
   const at::Tensor targets = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()));
   const int64_t positions = options.labels == LabelRule::kData ? tokens - 1 : tokens;
   SequenceLoss result{.gradient = at::zeros_like(hidden), .loss = 0};
-  int64_t block = 32;
+  const int64_t block = std::clamp<int64_t>(kBlockElements / head.vocab_size(), 1, 512);
   for (int64_t first = 0; first < positions; first += block) {
     const int64_t count = std::min(block, positions - first);
     const at::Tensor x = hidden.narrow(0, first, count).detach().requires_grad_(true);
@@ -54,7 +54,6 @@ SequenceLoss LossAndGradient(const OutputHead& head, const at::Tensor& hidden,
     const at::Tensor loss = -log_probs.gather(1, labels.unsqueeze(1)).sum();
     result.gradient.narrow(0, first, count).copy_(torch::autograd::grad({loss}, {x})[0]);
     result.loss += loss.item<double>();
-    block = std::clamp<int64_t>(kBlockElements / log_probs.size(-1), 1, 256);
   }
   return result;
 }
