@@ -60,7 +60,7 @@ std::string SuffixList(const StoredTensors& stored) {
 
 Result<const Format*> StoredFormat(const std::string& module, const StoredTensors& stored) {
   if (const Format* format = DetectFormat(stored)) return format;
-  return Status::Unmet(
+  return Status::InvalidInput(
       fmt::format("{}: its tensors ({}) fit no known format", module, SuffixList(stored)));
 }
 
@@ -72,7 +72,7 @@ Result<StoredLinear> LinearFromTensors(const std::string& module, const StoredTe
   const bool packed = stored.count("weight_packed") > 0;
   const at::Tensor& codes = stored.at(packed ? "weight_packed" : "weight");
   if (codes.dim() != 2) {
-    return Status::Unmet(
+    return Status::InvalidInput(
         fmt::format("{}: its weight has rank {}, expected 2", module, codes.dim()));
   }
   linear.out = codes.size(0);
@@ -288,7 +288,7 @@ Result<std::map<std::string, StoredLinear>> ReadStoredLinears(const Model& model
   for (const LinearInfo& info : model.linears()) {
     StoredLinear linear{nullptr, info.out, info.in, info.dtype, info.layer};
     const auto found = modules.find(info.name);
-    if (found == modules.end()) return Status::Unmet(info.name + ": has no tensors");
+    if (found == modules.end()) return Status::InvalidInput(info.name + ": has no tensors");
     PQ_ASSIGN_OR_RETURN(linear.format, StoredFormat(info.name, MapStored(found->second)));
     linears[info.name] = linear;
     dtype = info.dtype;
