@@ -1,9 +1,48 @@
 #include "cli/card.h"
 
+#include <utility>
+
+#include "cli/delivery.h"
+#include "export/model_card.h"
+#include "export/summary.h"
+
 namespace prismaquant {
 
-Result<std::string> MakeCard(const Session&, const Delivery&, const Evaluation*, const std::string&) {
-  return std::string();
+Result<std::string> MakeCard(const Session& session, const Delivery& delivery,
+                             const Evaluation* evaluation, const std::string& text_name) {
+  const Checkpoint& source = session.checkpoint();
+  const std::map<std::string, std::string>& run = session.identity();
+  const std::filesystem::path folder =
+      source.folder().has_filename() ? source.folder() : source.folder().parent_path();
+  ModelCard card;
+  card.name = delivery.out.has_filename() ? delivery.out.filename().string()
+                                          : delivery.out.parent_path().filename().string();
+  card.base_model = delivery.base_model.empty() ? folder.filename().string() : delivery.base_model;
+  card.license = SourceLicense(source.folder());
+  PQ_ASSIGN_OR_RETURN(card.summary,
+                      SummarizePlan(session.model(), delivery.formats, delivery.plan.file_bytes));
+  card.source_bytes = source.file_bytes();
+  if (delivery.predicted_kl >= 0) card.predicted = delivery.predicted_kl;
+  for (const PlannedAllocation& point : delivery.sweep) {
+    if (!point.feasible) continue;
+    card.sweep.push_back(
+        {point.bpp, point.file_bytes, point.cost, point.choices == delivery.plan.choices});
+  }
+  if (evaluation != nullptr) {
+    card.measured = ModelCard::Measurement{text_name,
+                                           evaluation->tokens,
+                                           evaluation->kl,
+                                           evaluation->kl_stderr,
+                                           evaluation->ppl_source,
+                                           evaluation->ppl,
+                                           evaluation->top1};
+  }
+  card.calibration =
+      ModelCard::Calibration{delivery.calibration, run.at("labels"), std::stoll(run.at("samples")),
+                             std::stoll(run.at("tokens")), std::stoull(run.at("seed"))};
+  card.rendering = delivery.render.mode == RenderMode::kGptq ? "gptq" : "rtn";
+  card.command = delivery.command;
+  return RenderModelCard(card);
 }
 
 }  // namespace prismaquant

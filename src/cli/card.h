@@ -14,8 +14,8 @@ class Session;
 struct Delivery;
 
 // `evaluation` may be null; `text_name` is the held-out text it was made on.
-Result<std::string> MakeCard(const Session& session, const Delivery& delivery, const Evaluation* evaluation,
-                             const std::string& text_name);
+Result<std::string> MakeCard(const Session& session, const Delivery& delivery,
+                             const Evaluation* evaluation, const std::string& text_name);
 
 }  // namespace prismaquant
 

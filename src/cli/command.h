@@ -1,8 +1,9 @@
 #ifndef PRISMAQUANT_CLI_COMMAND_H_
 #define PRISMAQUANT_CLI_COMMAND_H_
 
-// Command: a subcommand of the program. Adding one registers its options with CLI11 and hands back what to run once the
-// command line is parsed; the options live as long as the closure. One file per command.
+// Command: a subcommand of the program. Adding one registers its options with CLI11 and hands back
+// what to run once the command line is parsed; the options live as long as the closure. One file
+// per command.
 
 #include <CLI/CLI.hpp>
 #include <functional>

@@ -15,14 +15,18 @@ namespace {
 
 Json RenderSettings(const RenderOptions& options) {
   const bool gptq = options.mode == RenderMode::kGptq;
-  Json json = {{"mode", gptq ? "gptq" : "rtn"}, {"precision", options.compute.dtype == at::kBFloat16 ? "bf16" : "float32"}};
-  if (gptq) json.update({{"damping", options.gptq.damping}, {"hessian", options.guided ? "guided" : "plain"}});
+  Json json = {{"mode", gptq ? "gptq" : "rtn"},
+               {"precision", options.compute.dtype == at::kBFloat16 ? "bf16" : "float32"}};
+  if (gptq)
+    json.update(
+        {{"damping", options.gptq.damping}, {"hessian", options.guided ? "guided" : "plain"}});
   return json;
 }
 
 Result<Json> MakeRecord(Session& session, const Delivery& delivery) {
   const std::string key = RenderKey(delivery.formats, delivery.render);
-  PQ_ASSIGN_OR_RETURN(Json rendering, RenderReport(session.store(), key, session.model().config().num_layers));
+  PQ_ASSIGN_OR_RETURN(Json rendering,
+                      RenderReport(session.store(), key, session.model().config().num_layers));
   Json plan = PlanToJson(delivery.plan, delivery.sweep);
   Json record = {{"schema", 1},
                  {"prismaquant", kVersion},
@@ -82,7 +86,9 @@ Result<bool> IsDelivered(const Session& session, const Delivery& delivery) {
   if (std::filesystem::exists(delivery.out / kRecordFile, error)) {
     PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(delivery.out / kRecordFile));
     const Result<Json> record = ParseJson(text, kRecordFile);
-    if (record.ok() && record->is_object() && record->value("key", "") == DeliveryKey(session, delivery)) return true;
+    if (record.ok() && record->is_object() &&
+        record->value("key", "") == DeliveryKey(session, delivery))
+      return true;
   }
   if (delivery.overwrite) return false;
   return Status::InvalidInput(
@@ -94,7 +100,8 @@ Status Deliver(Session& session, const Delivery& delivery) {
   const std::string key = RenderKey(delivery.formats, delivery.render);
   if (!delivered) {
     PQ_RETURN_IF_ERROR(session.Render(delivery.formats, delivery.render, key));
-    PQ_RETURN_IF_ERROR(session.Timed("export", [&] { return WriteCheckpoint(session, delivery, key); }));
+    PQ_RETURN_IF_ERROR(
+        session.Timed("export", [&] { return WriteCheckpoint(session, delivery, key); }));
   }
   return DropRendering(session.store(), key);
 }

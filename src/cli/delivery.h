@@ -1,11 +1,12 @@
 #ifndef PRISMAQUANT_CLI_DELIVERY_H_
 #define PRISMAQUANT_CLI_DELIVERY_H_
 
-// Delivery: from a plan to a checkpoint folder with its record and model card. The folder's contents depend on the source,
-// the calibration and the settings alone, never on times or on how often the run was interrupted.
+// Delivery: from a plan to a checkpoint folder with its record and model card. The folder's
+// contents depend on the source, the calibration and the settings alone, never on times or on how
+// often the run was interrupted.
 //
-// OUT/prismaquant.json carries the key of the run that made it, so that a repeated command recognises its own finished
-// export and goes on behind it.
+// OUT/prismaquant.json carries the key of the run that made it, so that a repeated command
+// recognises its own finished export and goes on behind it.
 
 #include <filesystem>
 #include <optional>
@@ -25,8 +26,8 @@ struct Delivery {
   std::string calibration;  // name of the calibration file
   PlannedAllocation plan;
   std::vector<PlannedAllocation> sweep;
-  double predicted_kl = -1;      // negative: there is no prediction
-  double joint_loss = -1;        // with the cross terms between units
+  double predicted_kl = -1;  // negative: there is no prediction
+  double joint_loss = -1;    // with the cross terms between units
   FormatChoice formats;
   RenderOptions render;
 };
@@ -34,10 +35,12 @@ struct Delivery {
 // Identifies a delivery: two with the same key give the same bytes.
 std::string DeliveryKey(const Session& session, const Delivery& delivery);
 
-// Whether OUT is what this delivery makes. OUT existing otherwise, without overwrite, is kInvalidInput.
+// Whether OUT is what this delivery makes. OUT existing otherwise, without overwrite, is
+// kInvalidInput.
 Result<bool> IsDelivered(const Session& session, const Delivery& delivery);
 
-// Renders and writes OUT unless it is delivered already; then drops the rendered tensors from the store.
+// Renders and writes OUT unless it is delivered already; then drops the rendered tensors from the
+// store.
 Status Deliver(Session& session, const Delivery& delivery);
 
 // Puts measured figures into OUT's record and card.

@@ -23,14 +23,16 @@ double RecordedPrediction(const std::filesystem::path& out) {
   const Result<std::string> text = ReadFile(out / kRecordFile);
   if (!text.ok()) return -1;
   const Result<Json> json = ParseJson(*text, kRecordFile);
-  if (!json.ok() || !json->contains("predicted_kl") || !(*json)["predicted_kl"].is_number()) return -1;
+  if (!json.ok() || !json->contains("predicted_kl") || !(*json)["predicted_kl"].is_number())
+    return -1;
   return (*json)["predicted_kl"].get<double>();
 }
 
 Json LogProbsToJson(const Evaluation& evaluation) {
   Json json = {{"schema", 1}, {"windows", Json::array()}};
   for (const TokenLogProbs& window : evaluation.log_probs) {
-    json["windows"].push_back({{"ids", window.ids}, {"source", window.source}, {"quantized", window.quantized}});
+    json["windows"].push_back(
+        {{"ids", window.ids}, {"source", window.source}, {"quantized", window.quantized}});
   }
   return json;
 }
@@ -44,11 +46,13 @@ Status RunEvaluate(const EvaluateFlags& flags) {
   PQ_ASSIGN_OR_RETURN(const Tokenizer tokenizer, Tokenizer::Load(flags.source));
   PQ_ASSIGN_OR_RETURN(const TokenWindows windows,
                       EvaluationWindows(flags.text, tokenizer, flags.tokens, flags.window));
-  const ComputeOptions compute{.dtype = ComputeType(flags.precision, source->linears().front().dtype)};
+  const ComputeOptions compute{.dtype =
+                                   ComputeType(flags.precision, source->linears().front().dtype)};
   PQ_ASSIGN_OR_RETURN(const Evaluation evaluation, Evaluate(*source, *out, windows, compute));
   const double predicted = RecordedPrediction(flags.out);
   if (flags.json != "-") PrintEvaluation(evaluation, predicted);
-  if (!flags.log_probs.empty()) PQ_RETURN_IF_ERROR(WriteJson(LogProbsToJson(evaluation), flags.log_probs));
+  if (!flags.log_probs.empty())
+    PQ_RETURN_IF_ERROR(WriteJson(LogProbsToJson(evaluation), flags.log_probs));
   return WriteJson(evaluation.ToJson(predicted), flags.json);
 }
 
@@ -56,19 +60,24 @@ Status RunEvaluate(const EvaluateFlags& flags) {
 
 Command AddEvaluateCommand(CLI::App& app) {
   const auto flags = std::make_shared<EvaluateFlags>();
-  CLI::App* command = app.add_subcommand("evaluate", "Measure KL, perplexity and top-1 agreement against the source");
+  CLI::App* command = app.add_subcommand(
+      "evaluate", "Measure KL, perplexity and top-1 agreement against the source");
   command->add_option("SRC", flags->source, "Source checkpoint folder")->required();
   command->add_option("OUT", flags->out, "Quantized checkpoint folder")->required();
   command->add_option("--text", flags->text, "Held-out text, read as one stream")->required();
   command->add_option("--eval-tokens", flags->tokens, "Tokens from the start of the text")
       ->check(CLI::Range(2, 1 << 30))
       ->capture_default_str();
-  command->add_option("--window", flags->window, "Tokens per window")->check(CLI::Range(2, 1 << 20))->capture_default_str();
+  command->add_option("--window", flags->window, "Tokens per window")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
   command->add_option("--precision", flags->precision, "Arithmetic of both forward passes")
       ->check(CLI::IsMember({"bf16", "float32"}))
       ->capture_default_str();
-  command->add_option("--threads", flags->threads, "Threads; 0 takes all processors")->check(CLI::Range(0, 4096));
-  command->add_option("--token-logprobs", flags->log_probs, "Write each token's log-probability under both as JSON");
+  command->add_option("--threads", flags->threads, "Threads; 0 takes all processors")
+      ->check(CLI::Range(0, 4096));
+  command->add_option("--token-logprobs", flags->log_probs,
+                      "Write each token's log-probability under both as JSON");
   command->add_option("--json", flags->json, "Write the figures as JSON; - is standard output");
   return {command, [flags] { return RunEvaluate(*flags); }};
 }

@@ -5,6 +5,7 @@
 
 #include "cli/delivery.h"
 #include "cli/tables.h"
+#include "export/exporter.h"
 #include "io/file_system.h"
 
 namespace prismaquant {
@@ -29,7 +30,8 @@ Status TakeChoices(Session& session, const std::string& file, Delivery& delivery
   PlanFlags all;
   all.formats = {"nvfp4", "fp8", "mxfp8", "bf16"};
   all.kernels = "any";
-  for (const auto& [linear, format] : choices) all.pin.push_back(fmt::format("^{}$={}", linear, format));
+  for (const auto& [linear, format] : choices)
+    all.pin.push_back(fmt::format("^{}$={}", linear, format));
   PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), choices));
   PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/true));
   PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(""));
@@ -42,14 +44,18 @@ Status RunExport(const ExportFlags& flags) {
   if (!flags.choices.empty()) {
     PQ_RETURN_IF_ERROR(TakeChoices(*session, flags.choices, delivery));
   } else {
-    PQ_ASSIGN_OR_RETURN(const Planner planner, session->MakePlanner(flags.plan, /*with_costs=*/true));
+    PQ_ASSIGN_OR_RETURN(const Planner planner,
+                        session->MakePlanner(flags.plan, /*with_costs=*/true));
     PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(planner, flags.plan));
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
     PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session->model(), delivery.plan.choices));
   }
   if (session->labels() == LabelRule::kSampled) delivery.predicted_kl = delivery.plan.cost;
-  PQ_ASSIGN_OR_RETURN(delivery.joint_loss, JointLoss(session->store(), session->loss_tokens(), delivery.plan.choices));
+  PQ_ASSIGN_OR_RETURN(delivery.joint_loss,
+                      JointLoss(session->store(), session->loss_tokens(), delivery.plan.choices));
+  PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes, PlannedFileBytes(session->model(), delivery.formats,
+                                                                 CheckpointWriter::Options()));
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
   PrintPlan(delivery.plan, delivery.sweep, session->labels());
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));
@@ -61,10 +67,12 @@ Status RunExport(const ExportFlags& flags) {
 
 Command AddExportCommand(CLI::App& app) {
   const auto flags = std::make_shared<ExportFlags>();
-  CLI::App* command = app.add_subcommand("export", "Round the weights of a probed run and write a checkpoint");
+  CLI::App* command =
+      app.add_subcommand("export", "Round the weights of a probed run and write a checkpoint");
   command->add_option("--work", flags->work, "Run store folder of a finished probe")->required();
   command->add_option("OUT", flags->out, "Folder to write")->required();
-  command->add_option("--choices", flags->choices, "Take the formats from this JSON of allocate, edited or not");
+  command->add_option("--choices", flags->choices,
+                      "Take the formats from this JSON of allocate, edited or not");
   flags->plan.Register(*command);
   flags->render.Register(*command);
   command->add_option("--base-model", flags->base_model, "Name of the source model in the card");

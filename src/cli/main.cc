@@ -15,7 +15,8 @@ constexpr int kBadUsage = 2;
 int Run(const std::vector<prismaquant::Command>& commands) {
   for (const prismaquant::Command& command : commands) {
     if (!command.app->parsed()) continue;
-    const prismaquant::Status status = prismaquant::GuardTorch(command.app->get_name(), command.run);
+    const prismaquant::Status status =
+        prismaquant::GuardTorch(command.app->get_name(), command.run);
     if (!status.ok()) fmt::print(stderr, "prismaquant: {}\n", status.message());
     return status.exit_code();
   }
@@ -25,7 +26,8 @@ int Run(const std::vector<prismaquant::Command>& commands) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Quantizes language models to mixed-precision compressed-tensors checkpoints.", "prismaquant");
+  CLI::App app("Quantizes language models to mixed-precision compressed-tensors checkpoints.",
+               "prismaquant");
   app.set_version_flag("--version", prismaquant::kVersion);
   app.require_subcommand(1);
   const std::vector<prismaquant::Command> commands = {

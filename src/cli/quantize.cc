@@ -25,16 +25,21 @@ constexpr int64_t kEvaluationWindow = 512;
 
 // The command line that makes the same checkpoint, without paths of this machine.
 std::string ReproducingCommand(const QuantizeFlags& flags) {
-  const auto name = [](const std::string& path) { return std::filesystem::path(path).filename().string(); };
-  std::string text = fmt::format("prismaquant quantize SRC OUT --calibration {} --samples {} --tokens {} --seed {}",
-                                 name(flags.calibration.file), flags.calibration.samples, flags.calibration.tokens,
-                                 flags.calibration.seed);
+  const auto name = [](const std::string& path) {
+    return std::filesystem::path(path).filename().string();
+  };
+  std::string text = fmt::format(
+      "prismaquant quantize SRC OUT --calibration {} --samples {} --tokens {} --seed {}",
+      name(flags.calibration.file), flags.calibration.samples, flags.calibration.tokens,
+      flags.calibration.seed);
   if (!flags.uniform.empty()) text += " --uniform " + flags.uniform;
   if (flags.plan.bpp > 0) text += fmt::format(" --bpp {}", flags.plan.bpp);
   if (!flags.plan.size.empty()) text += " --size " + flags.plan.size;
   if (flags.plan.knee) text += " --knee";
-  if (!flags.plan.sweep.empty()) text += fmt::format(" --sweep {}", fmt::join(flags.plan.sweep, ","));
-  if (!flags.plan.formats.empty()) text += fmt::format(" --formats {}", fmt::join(flags.plan.formats, ","));
+  if (!flags.plan.sweep.empty())
+    text += fmt::format(" --sweep {}", fmt::join(flags.plan.sweep, ","));
+  if (!flags.plan.formats.empty())
+    text += fmt::format(" --formats {}", fmt::join(flags.plan.formats, ","));
   for (const std::string& rule : flags.plan.pin) text += fmt::format(" --pin '{}'", rule);
   for (const std::string& rule : flags.plan.forbid) text += fmt::format(" --forbid '{}'", rule);
   if (flags.plan.kernels != "vllm") text += " --kernels " + flags.plan.kernels;
@@ -52,39 +57,45 @@ Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
     PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/false));
     PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(flags.uniform));
   } else {
-    PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(flags.plan, /*with_costs=*/true));
+    PQ_ASSIGN_OR_RETURN(const Planner planner,
+                        session.MakePlanner(flags.plan, /*with_costs=*/true));
     PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(planner, flags.plan));
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
     if (session.labels() == LabelRule::kSampled) delivery.predicted_kl = delivery.plan.cost;
-    PQ_ASSIGN_OR_RETURN(delivery.joint_loss, JointLoss(session.store(), session.loss_tokens(), delivery.plan.choices));
+    PQ_ASSIGN_OR_RETURN(delivery.joint_loss,
+                        JointLoss(session.store(), session.loss_tokens(), delivery.plan.choices));
   }
   PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), delivery.plan.choices));
-  PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes,
-                      PlannedFileBytes(session.model(), delivery.formats, CheckpointWriter::Options()));
+  PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes, PlannedFileBytes(session.model(), delivery.formats,
+                                                                 CheckpointWriter::Options()));
   return {};
 }
 
 Result<TokenWindows> HeldOut(const QuantizeFlags& flags, const Session& session) {
   if (!flags.eval_text.empty()) {
-    return EvaluationWindows(flags.eval_text, session.tokenizer(), flags.eval_tokens, kEvaluationWindow);
+    return EvaluationWindows(flags.eval_text, session.tokenizer(), flags.eval_tokens,
+                             kEvaluationWindow);
   }
   return HeldOutWindows(flags.calibration.file, session.tokenizer(), session.checkpoint().folder(),
                         session.model().config().vocab_size, flags.eval_tokens, kEvaluationWindow);
 }
 
-Status Measure(const TokenWindows& windows, const QuantizeFlags& flags, Session& session, const Delivery& delivery,
-               Json& json) {
+Status Measure(const TokenWindows& windows, const QuantizeFlags& flags, Session& session,
+               const Delivery& delivery, Json& json) {
   Evaluation evaluation;
   PQ_RETURN_IF_ERROR(session.Timed("evaluate", [&]() -> Status {
     PQ_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(delivery.out));
     PQ_ASSIGN_OR_RETURN(const auto quantized, Model::Open(checkpoint));
-    PQ_ASSIGN_OR_RETURN(evaluation, Evaluate(session.model(), *quantized, windows, {.dtype = at::kFloat}));
+    PQ_ASSIGN_OR_RETURN(evaluation,
+                        Evaluate(session.model(), *quantized, windows, {.dtype = at::kFloat}));
     return {};
   }));
   const bool own = flags.eval_text.empty();
-  const std::string name = std::filesystem::path(own ? flags.calibration.file : flags.eval_text).filename().string();
-  PQ_RETURN_IF_ERROR(RecordEvaluation(session, delivery, evaluation, own ? name + ", last tenth" : name));
+  const std::string name =
+      std::filesystem::path(own ? flags.calibration.file : flags.eval_text).filename().string();
+  PQ_RETURN_IF_ERROR(
+      RecordEvaluation(session, delivery, evaluation, own ? name + ", last tenth" : name));
   PrintEvaluation(evaluation, delivery.predicted_kl);
   json["evaluation"] = evaluation.ToJson(delivery.predicted_kl);
   return {};
@@ -108,19 +119,22 @@ void PrintResult(const Session& session, const Delivery& delivery) {
 Status RunQuantize(const QuantizeFlags& flags) {
   const std::filesystem::path work = flags.work.empty() ? flags.out + ".work" : flags.work;
   std::error_code error;
-  if (std::filesystem::exists(flags.out, error) && !flags.overwrite && !std::filesystem::exists(work, error)) {
-    return Status::InvalidInput(fmt::format("{}: exists already; --overwrite replaces it", flags.out));
+  if (std::filesystem::exists(flags.out, error) && !flags.overwrite &&
+      !std::filesystem::exists(work, error)) {
+    return Status::InvalidInput(
+        fmt::format("{}: exists already; --overwrite replaces it", flags.out));
   }
   PQ_ASSIGN_OR_RETURN(const auto session, Session::Start(flags.source, work, flags.calibration));
   TokenWindows held_out;
   if (!flags.no_eval) {
     PQ_ASSIGN_OR_RETURN(held_out, HeldOut(flags, *session));
   }
-  Delivery delivery{.out = flags.out,
-                    .overwrite = flags.overwrite,
-                    .base_model = flags.base_model,
-                    .command = ReproducingCommand(flags),
-                    .calibration = std::filesystem::path(flags.calibration.file).filename().string()};
+  Delivery delivery{
+      .out = flags.out,
+      .overwrite = flags.overwrite,
+      .base_model = flags.base_model,
+      .command = ReproducingCommand(flags),
+      .calibration = std::filesystem::path(flags.calibration.file).filename().string()};
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
   if (flags.uniform.empty()) PQ_RETURN_IF_ERROR(session->Probe());
   PQ_RETURN_IF_ERROR(session->Timed("allocate", [&] { return Plan(flags, *session, delivery); }));
@@ -139,7 +153,8 @@ Status RunQuantize(const QuantizeFlags& flags) {
 
 Command AddQuantizeCommand(CLI::App& app) {
   const auto flags = std::make_shared<QuantizeFlags>();
-  CLI::App* command = app.add_subcommand("quantize", "Measure, allocate, round, write and evaluate: all of it");
+  CLI::App* command =
+      app.add_subcommand("quantize", "Measure, allocate, round, write and evaluate: all of it");
   command->add_option("SRC", flags->source, "Source checkpoint folder")->required();
   command->add_option("OUT", flags->out, "Folder to write")->required();
   command->add_option("--work", flags->work, "Run store folder (default OUT.work)");
@@ -148,14 +163,16 @@ Command AddQuantizeCommand(CLI::App& app) {
   command->add_option("--uniform", flags->uniform, "Give every Linear this format; needs no probe")
       ->check(CLI::IsMember({"nvfp4", "fp8", "mxfp8", "bf16"}));
   flags->render.Register(*command);
-  command->add_option("--eval-text", flags->eval_text, "Held-out text (default: the last tenth of the calibration text)");
+  command->add_option("--eval-text", flags->eval_text,
+                      "Held-out text (default: the last tenth of the calibration text)");
   command->add_option("--eval-tokens", flags->eval_tokens, "Held-out tokens")
       ->check(CLI::Range(512, 1 << 30))
       ->capture_default_str();
   command->add_flag("--no-eval", flags->no_eval, "Do not measure the result");
   command->add_option("--base-model", flags->base_model, "Name of the source model in the card");
   command->add_flag("--overwrite", flags->overwrite, "Replace OUT if it exists");
-  command->add_option("--json", flags->json, "Write plan, measurements and times as JSON; - is standard output");
+  command->add_option("--json", flags->json,
+                      "Write plan, measurements and times as JSON; - is standard output");
   return {command, [flags] { return RunQuantize(*flags); }};
 }
 

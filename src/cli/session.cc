@@ -50,30 +50,47 @@ Result<TokenWindows> LoadWindows(const RunStore& store, const std::string& finge
   return windows;
 }
 
-std::string PrecisionName(at::ScalarType type) { return type == at::kBFloat16 ? "bf16" : "float32"; }
+std::string PrecisionName(at::ScalarType type) {
+  return type == at::kBFloat16 ? "bf16" : "float32";
+}
 
 }  // namespace
 
 void CalibrationFlags::Register(CLI::App& command, bool file_required) {
-  auto* option = command.add_option("--calibration", file, "Calibration text: .txt, or .jsonl with text, messages or input_ids");
+  auto* option = command.add_option(
+      "--calibration", file, "Calibration text: .txt, or .jsonl with text, messages or input_ids");
   if (file_required) option->required();
-  command.add_option("--samples", samples, "Calibration sequences")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  command.add_option("--tokens", tokens, "Tokens per sequence")->check(CLI::Range(2, 1 << 20))->capture_default_str();
+  command.add_option("--samples", samples, "Calibration sequences")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command.add_option("--tokens", tokens, "Tokens per sequence")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
   command.add_option("--seed", seed, "Draws the windows and the labels")->capture_default_str();
-  command.add_option("--labels", labels, "Loss labels: drawn from the model (the costs are nats of KL), or the text's")
+  command
+      .add_option("--labels", labels,
+                  "Loss labels: drawn from the model (the costs are nats of KL), or the text's")
       ->check(CLI::IsMember({"sampled", "data"}))
       ->capture_default_str();
-  command.add_option("--precision", precision, "Arithmetic of the calibration passes; auto is bf16 where it is native")
+  command
+      .add_option("--precision", precision,
+                  "Arithmetic of the calibration passes; auto is bf16 where it is native")
       ->check(CLI::IsMember({"auto", "bf16", "float32"}))
       ->capture_default_str();
-  command.add_option("--threads", threads, "Threads; 0 takes all processors")->check(CLI::Range(0, 4096));
+  command.add_option("--threads", threads, "Threads; 0 takes all processors")
+      ->check(CLI::Range(0, 4096));
 }
 
 void PlanFlags::Register(CLI::App& command) {
-  auto* by_bpp = command.add_option("--bpp", bpp, "Budget: bits per weight over all Linears with a choice (default 5.5)")
-                     ->check(CLI::PositiveNumber);
-  command.add_option("--size", size, "Budget: bytes of the whole checkpoint, as 23GB or 20GiB")->excludes(by_bpp);
-  command.add_option("--sweep", sweep, "Budgets in bpp to list beside the chosen one")->delimiter(',');
+  auto* by_bpp =
+      command
+          .add_option("--bpp", bpp,
+                      "Budget: bits per weight over all Linears with a choice (default 5.5)")
+          ->check(CLI::PositiveNumber);
+  command.add_option("--size", size, "Budget: bytes of the whole checkpoint, as 23GB or 20GiB")
+      ->excludes(by_bpp);
+  command.add_option("--sweep", sweep, "Budgets in bpp to list beside the chosen one")
+      ->delimiter(',');
   command.add_flag("--knee", knee, "Take the knee of the sweep as the budget");
   command.add_option("--formats", formats, "Formats to choose from (default nvfp4,fp8,bf16)")
       ->delimiter(',')
@@ -85,7 +102,9 @@ void PlanFlags::Register(CLI::App& command) {
       ->capture_default_str();
   command.add_option("--cost", cost, "Cost model (default directional)")
       ->check(CLI::IsMember({"directional", "fisher-trace"}));
-  command.add_option("--preset", preset, "published: formats nvfp4,mxfp8,bf16 and the fisher-trace cost")
+  command
+      .add_option("--preset", preset,
+                  "published: formats nvfp4,mxfp8,bf16 and the fisher-trace cost")
       ->check(CLI::IsMember({"published"}));
 }
 
@@ -93,7 +112,9 @@ void RenderFlags::Register(CLI::App& command) {
   command.add_option("--render", mode, "How weights are rounded")
       ->check(CLI::IsMember({"gptq", "rtn"}))
       ->capture_default_str();
-  command.add_option("--damping", damping, "GPTQ: added to the Hessian's diagonal, relative to its mean")
+  command
+      .add_option("--damping", damping,
+                  "GPTQ: added to the Hessian's diagonal, relative to its mean")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command.add_option("--hessian", hessian, "GPTQ: tokens weighted by their gradient, or all alike")
@@ -117,15 +138,17 @@ Status Session::OpenSource(const std::filesystem::path& source) {
   return {};
 }
 
-Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& source, const std::filesystem::path& work,
+Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& source,
+                                                const std::filesystem::path& work,
                                                 const CalibrationFlags& flags) {
   if (flags.threads > 0) at::set_num_threads(flags.threads);
   std::unique_ptr<Session> session(new Session());
   PQ_RETURN_IF_ERROR(session->OpenSource(source));
   const CalibrationOptions calibration{
       .file = flags.file, .samples = flags.samples, .tokens = flags.tokens, .seed = flags.seed};
-  PQ_ASSIGN_OR_RETURN(session->windows_, SampleCalibration(calibration, *session->tokenizer_, source,
-                                                           session->model_->config().vocab_size));
+  PQ_ASSIGN_OR_RETURN(session->windows_,
+                      SampleCalibration(calibration, *session->tokenizer_, source,
+                                        session->model_->config().vocab_size));
   session->compute_.dtype = ComputeType(flags.precision, session->model_->linears().front().dtype);
   PQ_ASSIGN_OR_RETURN(const std::string fingerprint, session->checkpoint_->Fingerprint());
   session->identity_ = {{"source", fingerprint},
@@ -139,7 +162,8 @@ Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& sou
   session->store_ = std::make_unique<RunStore>(std::move(store));
   PQ_RETURN_IF_ERROR(session->store_->Bind(session->identity_));
   PQ_RETURN_IF_ERROR(StoreWindows(*session->store_, session->windows_));
-  PQ_RETURN_IF_ERROR(session->store_->PutNote(kSourceNote, std::filesystem::absolute(source).string()));
+  PQ_RETURN_IF_ERROR(
+      session->store_->PutNote(kSourceNote, std::filesystem::absolute(source).string()));
   return session;
 }
 
@@ -150,14 +174,17 @@ Result<std::unique_ptr<Session>> Session::Resume(const std::filesystem::path& wo
   PQ_ASSIGN_OR_RETURN(const auto source, session->store_->Note(kSourceNote));
   PQ_ASSIGN_OR_RETURN(session->identity_, session->store_->Identity());
   if (!source || session->identity_.empty()) {
-    return Status::InvalidInput(fmt::format("{}: the run store holds no run; run `prismaquant probe` first", work.string()));
+    return Status::InvalidInput(fmt::format(
+        "{}: the run store holds no run; run `prismaquant probe` first", work.string()));
   }
   PQ_RETURN_IF_ERROR(session->OpenSource(*source));
   PQ_ASSIGN_OR_RETURN(const std::string fingerprint, session->checkpoint_->Fingerprint());
   if (fingerprint != session->identity_["source"]) {
-    return Status::InvalidInput(fmt::format("{}: has changed since the run store {} was made", *source, work.string()));
+    return Status::InvalidInput(
+        fmt::format("{}: has changed since the run store {} was made", *source, work.string()));
   }
-  PQ_ASSIGN_OR_RETURN(session->windows_, LoadWindows(*session->store_, session->identity_["calibration"]));
+  PQ_ASSIGN_OR_RETURN(session->windows_,
+                      LoadWindows(*session->store_, session->identity_["calibration"]));
   session->compute_.dtype = session->identity_["precision"] == "bf16" ? at::kBFloat16 : at::kFloat;
   return session;
 }
@@ -169,8 +196,9 @@ LabelRule Session::labels() const {
 Status Session::Timed(const std::string& stage, const std::function<Status()>& body) {
   const auto start = std::chrono::steady_clock::now();
   PQ_RETURN_IF_ERROR(body());
-  times_.push_back({.stage = stage,
-                    .seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()});
+  times_.push_back(
+      {.stage = stage,
+       .seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()});
   return {};
 }
 
@@ -201,7 +229,8 @@ Result<Planner> Session::MakePlanner(const PlanFlags& flags, bool with_costs) {
   std::vector<UnitCosts> units = UnitsWithoutCosts(*model_, any_kernel);
   if (with_costs) {
     const UnitCostOptions options{
-        .cost = cost == "fisher-trace" ? CostModel::kFisherTrace : CostModel::kDirectional, .any_kernel = any_kernel};
+        .cost = cost == "fisher-trace" ? CostModel::kFisherTrace : CostModel::kDirectional,
+        .any_kernel = any_kernel};
     PQ_ASSIGN_OR_RETURN(units, BuildUnitCosts(*model_, *store_, loss_tokens(), options));
   }
   int64_t unit_bytes = 0;
@@ -210,20 +239,24 @@ Result<Planner> Session::MakePlanner(const PlanFlags& flags, bool with_costs) {
     const Format* nvfp4 = FindFormat("nvfp4");
     const bool fits = linear.allocatable && nvfp4->Supports(linear.out, linear.in);
     largest_header[linear.name] = fits ? nvfp4 : &SourceFormat();
-    if (linear.allocatable) unit_bytes += (fits ? nvfp4 : &SourceFormat())->Bytes(linear.out, linear.in, linear.dtype);
+    if (linear.allocatable)
+      unit_bytes += (fits ? nvfp4 : &SourceFormat())->Bytes(linear.out, linear.in, linear.dtype);
   }
   PQ_ASSIGN_OR_RETURN(const int64_t file_bytes,
                       PlannedFileBytes(*model_, largest_header, CheckpointWriter::Options()));
   return Planner::Make(std::move(units), rules, file_bytes - unit_bytes);
 }
 
-Status Session::Render(const FormatChoice& formats, const RenderOptions& options, const std::string& key) {
-  return Timed("render", [&] { return RenderModel(*model_, windows_, formats, options, key, *store_); });
+Status Session::Render(const FormatChoice& formats, const RenderOptions& options,
+                       const std::string& key) {
+  return Timed("render",
+               [&] { return RenderModel(*model_, windows_, formats, options, key, *store_); });
 }
 
 Result<ChosenPlan> ChoosePlan(const Planner& planner, const PlanFlags& flags) {
   ChosenPlan chosen;
-  PQ_ASSIGN_OR_RETURN(chosen.sweep, planner.Sweep(flags.sweep.empty() ? DefaultSweep() : flags.sweep));
+  PQ_ASSIGN_OR_RETURN(chosen.sweep,
+                      planner.Sweep(flags.sweep.empty() ? DefaultSweep() : flags.sweep));
   Budget budget{.kind = Budget::Kind::kBpp, .bpp = flags.bpp > 0 ? flags.bpp : kDefaultBpp};
   if (!flags.size.empty()) {
     PQ_ASSIGN_OR_RETURN(budget.file_bytes, ParseSize("--size", flags.size));
@@ -231,20 +264,23 @@ Result<ChosenPlan> ChoosePlan(const Planner& planner, const PlanFlags& flags) {
   }
   if (flags.knee) {
     const int knee = KneeOf(chosen.sweep);
-    if (knee < 0) return Status::Unmet("--knee: fewer than three budgets of the sweep are feasible");
+    if (knee < 0)
+      return Status::Unmet("--knee: fewer than three budgets of the sweep are feasible");
     budget = chosen.sweep[static_cast<size_t>(knee)].budget;
   }
   PQ_ASSIGN_OR_RETURN(chosen.plan, planner.Plan(budget));
   return chosen;
 }
 
-Result<FormatChoice> ToFormats(const Model& model, const std::map<std::string, std::string>& choices) {
+Result<FormatChoice> ToFormats(const Model& model,
+                               const std::map<std::string, std::string>& choices) {
   FormatChoice formats;
   for (const LinearInfo& linear : model.linears()) {
     const auto choice = choices.find(linear.name);
     const Format* format = choice == choices.end() ? &SourceFormat() : FindFormat(choice->second);
     if (format == nullptr || !format->Supports(linear.out, linear.in)) {
-      return Status::InvalidInput(fmt::format("{} cannot be stored as \"{}\"", linear.name, choice->second));
+      return Status::InvalidInput(
+          fmt::format("{} cannot be stored as \"{}\"", linear.name, choice->second));
     }
     formats[linear.name] = format;
   }
@@ -252,9 +288,9 @@ Result<FormatChoice> ToFormats(const Model& model, const std::map<std::string, s
   for (const LinearInfo& linear : model.linears()) {
     const auto [found, fresh] = first.try_emplace(linear.unit, linear.name);
     if (fresh || formats[found->second] == formats[linear.name]) continue;
-    return Status::InvalidInput(fmt::format("{} is {} but {}, fused with it, is {}; they need one format", linear.name,
-                                            formats[linear.name]->name(), found->second,
-                                            formats[found->second]->name()));
+    return Status::InvalidInput(
+        fmt::format("{} is {} but {}, fused with it, is {}; they need one format", linear.name,
+                    formats[linear.name]->name(), found->second, formats[found->second]->name()));
   }
   return formats;
 }

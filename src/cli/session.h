@@ -1,8 +1,9 @@
 #ifndef PRISMAQUANT_CLI_SESSION_H_
 #define PRISMAQUANT_CLI_SESSION_H_
 
-// Session: what the commands that work on a run share: the source checkpoint with its model and tokenizer, the calibration
-// windows and the run store, and the stages on top of them. The option structs are filled by CLI11.
+// Session: what the commands that work on a run share: the source checkpoint with its model and
+// tokenizer, the calibration windows and the run store, and the stages on top of them. The option
+// structs are filled by CLI11.
 
 #include <cstdint>
 #include <filesystem>
@@ -58,13 +59,15 @@ struct RenderFlags {
   void Register(CLI::App& command);
 };
 
-// "auto", "bf16" or "float32" -> the dtype; auto is bf16 where the processor multiplies it natively.
+// "auto", "bf16" or "float32" -> the dtype; auto is bf16 where the processor multiplies it
+// natively.
 at::ScalarType ComputeType(const std::string& precision, DType source);
 
 class Session {
  public:
   // Opens source, tokenizer and calibration, and binds the store at `work` to them.
-  static Result<std::unique_ptr<Session>> Start(const std::filesystem::path& source, const std::filesystem::path& work,
+  static Result<std::unique_ptr<Session>> Start(const std::filesystem::path& source,
+                                                const std::filesystem::path& work,
                                                 const CalibrationFlags& flags);
   // Goes on with the run that the store at `work` was made by.
   static Result<std::unique_ptr<Session>> Resume(const std::filesystem::path& work);
@@ -108,8 +111,10 @@ struct ChosenPlan {
 };
 Result<ChosenPlan> ChoosePlan(const Planner& planner, const PlanFlags& flags);
 
-// Format objects for the plan's choices; Linears that the plan does not mention stay in the source's format.
-Result<FormatChoice> ToFormats(const Model& model, const std::map<std::string, std::string>& choices);
+// Format objects for the plan's choices; Linears that the plan does not mention stay in the
+// source's format.
+Result<FormatChoice> ToFormats(const Model& model,
+                               const std::map<std::string, std::string>& choices);
 
 Result<RenderOptions> ToRenderOptions(const RenderFlags& flags, const ComputeOptions& compute);
 

@@ -17,7 +17,8 @@ namespace prismaquant {
 std::string FormatCounts(const std::map<std::string, int64_t>& counts);
 
 // The plan and the sweep around it. With data labels the predicted numbers are called scores.
-void PrintPlan(const PlannedAllocation& plan, const std::vector<PlannedAllocation>& sweep, LabelRule labels);
+void PrintPlan(const PlannedAllocation& plan, const std::vector<PlannedAllocation>& sweep,
+               LabelRule labels);
 
 // Measured figures; `predicted` nats per token are put beside the KL unless negative.
 void PrintEvaluation(const Evaluation& evaluation, double predicted);

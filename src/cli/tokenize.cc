@@ -44,12 +44,14 @@ Status RunTokenize(const TokenizeOptions& options) {
   for (size_t i = 0; i < texts.size(); ++i) {
     Result<std::vector<int32_t>> ids = tokenizer.Encode(texts[i]);
     if (!ids.ok()) {
-      return Status::InvalidInput(fmt::format("{}: line {}: {}", options.text, i + 1, ids.status().message()));
+      return Status::InvalidInput(
+          fmt::format("{}: line {}: {}", options.text, i + 1, ids.status().message()));
     }
     output += fmt::format("[{}]\n", fmt::join(*ids, ","));
   }
   if (options.json != "-") return WriteFileAtomically(FileSystem::Default(), options.json, output);
-  if (std::fwrite(output.data(), 1, output.size(), stdout) != output.size() || std::fflush(stdout) != 0) {
+  if (std::fwrite(output.data(), 1, output.size(), stdout) != output.size() ||
+      std::fflush(stdout) != 0) {
     return Status::System("standard output: cannot be written");
   }
   return {};
@@ -59,11 +61,15 @@ Status RunTokenize(const TokenizeOptions& options) {
 
 Command AddTokenizeCommand(CLI::App& app) {
   const auto options = std::make_shared<TokenizeOptions>();
-  CLI::App* command = app.add_subcommand("tokenize", "Print the token ids of each line or record of a text");
+  CLI::App* command =
+      app.add_subcommand("tokenize", "Print the token ids of each line or record of a text");
   command->add_option("DIR", options->folder, "Checkpoint folder with tokenizer.json")->required();
-  command->add_option("--text", options->text, "Text file: one line each (.txt), or records with `text` (.jsonl)")
+  command
+      ->add_option("--text", options->text,
+                   "Text file: one line each (.txt), or records with `text` (.jsonl)")
       ->required();
-  command->add_option("--json", options->json, "Where the JSON arrays go, one a line; - is standard output");
+  command->add_option("--json", options->json,
+                      "Where the JSON arrays go, one a line; - is standard output");
   return {command, [options] { return RunTokenize(*options); }};
 }
 
