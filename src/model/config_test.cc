@@ -1,0 +1,205 @@
+#include "model/config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+
+namespace prismaquant {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+Json Llama() {
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"vocab_size", 100},
+          {"hidden_size", 64},
+          {"num_hidden_layers", 2},
+          {"intermediate_size", 128},
+          {"num_attention_heads", 4}};
+}
+
+Json HybridText() {
+  Json text = Llama();
+  text.erase("architectures");
+  text.update({{"num_hidden_layers", 5},
+               {"head_dim", 32},
+               {"num_key_value_heads", 2},
+               {"linear_num_key_heads", 2},
+               {"linear_num_value_heads", 6},
+               {"linear_key_head_dim", 16},
+               {"linear_value_head_dim", 24},
+               {"linear_conv_kernel_dim", 4}});
+  return text;
+}
+
+Json Hybrid() {
+  return {{"architectures", {"Qwen3_5ForConditionalGeneration"}}, {"text_config", HybridText()}};
+}
+
+ModelConfig Parsed(const Json& json) {
+  const Result<ModelConfig> config = ModelConfig::Parse(json, "config.json");
+  EXPECT_TRUE(config.ok()) << config.status().message();
+  return config.ok() ? *config : ModelConfig{};
+}
+
+std::string Error(const Json& json) {
+  const Result<ModelConfig> config = ModelConfig::Parse(json, "dir/config.json");
+  EXPECT_FALSE(config.ok());
+  EXPECT_EQ(config.status().code(), StatusCode::kInvalidInput);
+  EXPECT_THAT(config.status().message(), HasSubstr("dir/config.json"));
+  return config.status().message();
+}
+
+Json With(Json json, const char* key, Json value) {
+  json[key] = std::move(value);
+  return json;
+}
+
+TEST(ModelConfig, FillsInWhatLlamaConfigurationsLeaveOut) {
+  const ModelConfig config = Parsed(Llama());
+  EXPECT_EQ(config.model_type, "llama");
+  EXPECT_EQ(config.body_prefix, "model.");
+  EXPECT_EQ(config.num_kv_heads, 4);
+  EXPECT_EQ(config.head_dim, 16);
+  EXPECT_EQ(config.rotary_dim, 16);
+  EXPECT_EQ(config.rope_theta, 10000);
+  EXPECT_FALSE(config.tied_head);
+  EXPECT_FALSE(config.rope_scaling.has_value());
+  EXPECT_EQ(config.layers, std::vector<LayerKind>(2, LayerKind::kFullAttention));
+}
+
+TEST(ModelConfig, ReadsOldAndNewRopeSpellingsAlike) {
+  const Json scaling = {{"rope_type", "llama3"},
+                        {"factor", 8.0},
+                        {"low_freq_factor", 1.0},
+                        {"high_freq_factor", 4.0},
+                        {"original_max_position_embeddings", 4096}};
+  Json old_spelling = With(With(Llama(), "rope_theta", 5e5), "rope_scaling", scaling);
+  Json new_spelling = With(Llama(), "rope_parameters", With(scaling, "rope_theta", 5e5));
+  for (const Json& json : {old_spelling, new_spelling}) {
+    const ModelConfig config = Parsed(json);
+    EXPECT_EQ(config.rope_theta, 5e5);
+    ASSERT_TRUE(config.rope_scaling.has_value());
+    EXPECT_EQ(config.rope_scaling->factor, 8);
+    EXPECT_EQ(config.rope_scaling->low_freq_factor, 1);
+    EXPECT_EQ(config.rope_scaling->high_freq_factor, 4);
+    EXPECT_EQ(config.rope_scaling->original_max_position, 4096);
+  }
+}
+
+TEST(ModelConfig, TheVeryOldTypeKeyNamesTheRopeType) {
+  EXPECT_THAT(Error(With(Llama(), "rope_scaling", {{"type", "linear"}, {"factor", 2.0}})),
+              AllOf(HasSubstr("rope_scaling"), HasSubstr("linear")));
+}
+
+TEST(ModelConfig, Llama3ScalingNeedsItsFactors) {
+  EXPECT_THAT(Error(With(Llama(), "rope_scaling", {{"rope_type", "llama3"}})), HasSubstr("factor"));
+}
+
+TEST(ModelConfig, ReadsTheNestedTextBody) {
+  const ModelConfig config = Parsed(Hybrid());
+  EXPECT_EQ(config.model_type, "qwen3_5");
+  EXPECT_EQ(config.body_prefix, "model.language_model.");
+  EXPECT_EQ(config.rotary_dim, 8);  // a quarter of the head unless told otherwise
+  EXPECT_EQ(config.linear_value_heads, 6);
+  const auto linear = LayerKind::kLinearAttention;
+  EXPECT_EQ(config.layers,
+            (std::vector{linear, linear, linear, LayerKind::kFullAttention, linear}));
+}
+
+TEST(ModelConfig, TextOnlyConfigurationsHaveTheirFieldsAtTheTop) {
+  const ModelConfig config = Parsed(With(HybridText(), "architectures", {"Qwen3_5ForCausalLM"}));
+  EXPECT_EQ(config.body_prefix, "model.");
+  EXPECT_EQ(config.linear_key_heads, 2);
+}
+
+TEST(ModelConfig, LayerTypesAndIntervalSayWhichLayersAttend) {
+  Json listed = Hybrid();
+  listed["text_config"]["layer_types"] = {"full_attention", "linear_attention", "full_attention",
+                                          "linear_attention", "linear_attention"};
+  EXPECT_EQ(Parsed(listed).layers[2], LayerKind::kFullAttention);
+  Json interval = Hybrid();
+  interval["text_config"]["full_attention_interval"] = 2;
+  EXPECT_EQ(Parsed(interval).layers[1], LayerKind::kFullAttention);
+  EXPECT_EQ(Parsed(interval).layers[2], LayerKind::kLinearAttention);
+}
+
+TEST(ModelConfig, TheOuterConfigurationTiesTheHead) {
+  EXPECT_TRUE(Parsed(With(Hybrid(), "tie_word_embeddings", true)).tied_head);
+  Json inner = Hybrid();
+  inner["text_config"]["tie_word_embeddings"] = true;
+  EXPECT_TRUE(Parsed(inner).tied_head);
+  EXPECT_FALSE(Parsed(With(inner, "tie_word_embeddings", false)).tied_head);
+}
+
+TEST(ModelConfig, AnUnknownArchitectureListsTheKnownOnes) {
+  EXPECT_THAT(Error(With(Llama(), "architectures", {"MambaForCausalLM"})),
+              AllOf(HasSubstr("MambaForCausalLM"), HasSubstr("LlamaForCausalLM"),
+                    HasSubstr("Qwen3ForCausalLM"), HasSubstr("Qwen3_5ForConditionalGeneration"),
+                    HasSubstr("Qwen3_5ForCausalLM")));
+  for (const Json& broken : {Json(), Json::array(), Json::array({1}), Json("LlamaForCausalLM")}) {
+    EXPECT_THAT(Error(With(Llama(), "architectures", broken)), HasSubstr("architectures"));
+  }
+}
+
+TEST(ModelConfig, RefusesWhatItDoesNotImplementByKey) {
+  const std::vector<std::pair<const char*, Json>> unsupported = {
+      {"hidden_act", "gelu"},
+      {"num_experts", 8},
+      {"num_local_experts", 8},
+      {"attn_output_gate", false},
+      {"output_gate_type", "sigmoid"},
+      {"layer_types", {"full_attention", "sliding_attention"}},
+      {"layer_types", {"full_attention", "linear_attention"}},
+      {"layer_types", {"full_attention"}},
+      {"partial_rotary_factor", 0.5},
+      {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}}};
+  for (const auto& [key, value] : unsupported) {
+    EXPECT_THAT(Error(With(Llama(), key, value)), HasSubstr(key));
+  }
+}
+
+TEST(ModelConfig, RefusesASlidingWindowOnlyWhereItWouldSlide) {
+  Json json = With(Llama(), "architectures", {"Qwen3ForCausalLM"});
+  json.update({{"use_sliding_window", true}, {"sliding_window", 16}, {"max_window_layers", 1}});
+  EXPECT_THAT(Error(json), HasSubstr("use_sliding_window"));
+  EXPECT_EQ(Parsed(With(json, "max_window_layers", 2)).num_layers, 2);
+  EXPECT_EQ(Parsed(With(json, "use_sliding_window", false)).num_layers, 2);
+}
+
+TEST(ModelConfig, RefusesValuesThatCannotBeByKey) {
+  const std::vector<std::pair<const char*, Json>> wrong = {{"hidden_size", 0},
+                                                           {"hidden_size", -64},
+                                                           {"hidden_size", 1e18},
+                                                           {"hidden_size", int64_t{1} << 40},
+                                                           {"hidden_size", "64"},
+                                                           {"num_hidden_layers", int64_t{1} << 29},
+                                                           {"num_attention_heads", 0},
+                                                           {"num_key_value_heads", 0},
+                                                           {"head_dim", 0},
+                                                           {"rms_norm_eps", -1e-6},
+                                                           {"rope_theta", "1e6"},
+                                                           {"rope_parameters", "llama3"},
+                                                           {"tie_word_embeddings", "yes"},
+                                                           {"attention_bias", 1},
+                                                           {"hidden_act", 3}};
+  for (const auto& [key, value] : wrong) {
+    EXPECT_THAT(Error(With(Llama(), key, value)), HasSubstr(key)) << value;
+  }
+  for (const char* key : {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
+                          "num_attention_heads"}) {
+    Json json = Llama();
+    json.erase(key);
+    EXPECT_THAT(Error(json), HasSubstr(key));
+  }
+  EXPECT_THAT(Error(With(Llama(), "num_key_value_heads", 3)), HasSubstr("no multiple"));
+  Json odd = Hybrid();
+  odd["text_config"]["linear_num_value_heads"] = 5;
+  EXPECT_THAT(Error(odd), HasSubstr("no multiple"));
+  EXPECT_THAT(Error(With(Hybrid(), "text_config", 7)), HasSubstr("text_config"));
+}
+
+}  // namespace
+}  // namespace prismaquant
