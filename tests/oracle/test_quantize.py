@@ -1,0 +1,193 @@
+"""The whole program on the bundled model: what it writes is loaded by transformers + compressed-tensors and measured there.
+
+The oracle's forward pass is transformers' in float32 with compressed-tensors' activation quantization, its weights decoded
+from the stored bytes by the few lines below.
+"""
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
+
+ROOT = pathlib.Path(os.environ["PRISMAQUANT_SOURCE_DIR"])
+PROGRAM = os.environ["PRISMAQUANT_BINARY"]
+SOURCE = ROOT / "examples" / "tiny-qwen3_5"
+TEXT = SOURCE / "heldout.txt"
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+COMMON = ["--calibration", str(SOURCE / "calibration.txt"), "--samples", "16", "--tokens", "256", "--precision", "float32"]
+
+
+def run(*args, expect=0):
+    done = subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == expect, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    return done
+
+
+def tensors(folder):
+    found = {}
+    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                assert name not in found
+                found[name] = file.get_tensor(name)
+    return found
+
+
+def decode(stored, name):
+    """float32 weight of a Linear from its stored tensors; None if it is stored plain."""
+    packed = stored.get(name + ".weight_packed")
+    if packed is not None:
+        codes = torch.stack([E2M1[(packed & 15).long()], E2M1[(packed >> 4).long()]], -1).flatten(-2)
+        scale = stored[name + ".weight_scale"].float() / stored[name + ".weight_global_scale"]
+        return (codes.unflatten(-1, (-1, 16)) * scale[..., None]).flatten(-2)
+    weight, scale = stored.get(name + ".weight"), stored.get(name + ".weight_scale")
+    if weight is None or weight.dtype != torch.float8_e4m3fn:
+        return None
+    if scale.dtype == torch.uint8:
+        return (weight.float().unflatten(-1, (-1, 32)) * torch.exp2(scale.float() - 127)[..., None]).flatten(-2)
+    return weight.float() * scale.float()
+
+
+def load(folder):
+    model, info = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all(key.startswith("mtp.") for key in info["unexpected_keys"])
+    model.eval()
+    if hasattr(model, "ct_decompress_hook"):
+        model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+    stored = tensors(folder)
+    scales = {n: p.detach().float() for n, p in model.named_parameters() if n.endswith("input_global_scale")}
+    model = model.to(torch.float32)
+    quantized = 0
+    for name, parameter in model.named_parameters():
+        if name in scales:
+            parameter.data = scales[name]
+    for name, module in model.named_modules():
+        weight = decode(stored, name) if isinstance(module, torch.nn.Linear) else None
+        if weight is not None:
+            assert getattr(module, "quantization_scheme", None) is not None, name
+            module.weight.data = weight
+            quantized += 1
+    return model, quantized
+
+
+@torch.no_grad()
+def measure(source, quantized, tokens, window=512):
+    ids = AutoTokenizer.from_pretrained(SOURCE)(TEXT.read_text(), add_special_tokens=False)["input_ids"][:tokens]
+    kl, agree, nll, count = 0.0, 0, 0.0, 0
+    for begin in range(0, tokens, window):
+        x = torch.tensor([ids[begin : begin + window]])
+        p = F.log_softmax(source(input_ids=x, use_cache=False).logits[0, :-1].float(), -1)
+        q = F.log_softmax(quantized(input_ids=x, use_cache=False).logits[0, :-1].float(), -1)
+        kl += (p.exp() * (p - q)).sum().item()
+        agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        nll -= q.gather(1, x[0, 1:, None]).sum().item()
+        count += p.shape[0]
+    return kl / count, agree / count, math.exp(nll / count)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("run") / "work"
+
+
+CASES = {
+    "gptq": ["--bpp", "5.5"],
+    "rtn": ["--bpp", "5.5", "--render", "rtn"],
+    "published": ["--bpp", "5.5", "--preset", "published", "--kernels", "any"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_checkpoint_means_what_transformers_reads(case, work, tmp_path):
+    out = tmp_path / "out"
+    run("quantize", SOURCE, out, "--work", work, *COMMON, *CASES[case], "--eval-text", TEXT, "--eval-tokens", "2048",
+        "--json", tmp_path / "quantize.json")
+    result = json.loads((tmp_path / "quantize.json").read_text())
+    assert result["bpp"] <= 5.5 and result["slack_bytes"] >= 0
+    assert result["gap"] == 0
+    run("verify", out, "--source", SOURCE)
+
+    source_tensors, out_tensors = tensors(SOURCE), tensors(out)
+    quantized_names = {n for n, f in result["choices"].items() if f != "bf16"}
+    for name, tensor in source_tensors.items():
+        if name.removesuffix(".weight") in quantized_names:
+            continue
+        assert out_tensors[name].dtype == tensor.dtype
+        assert torch.equal(out_tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+    source, none = load(SOURCE)
+    model, quantized = load(out)
+    assert none == 0 and quantized == len(quantized_names)
+    kl, top1, ppl = measure(source, model, 2048)
+    assert result["evaluation"]["kl"] == pytest.approx(kl, rel=0.02, abs=3e-4)
+    assert result["evaluation"]["top1"] == pytest.approx(top1, abs=0.005)
+    assert result["evaluation"]["ppl"] == pytest.approx(ppl, rel=1e-3)
+    assert kl > 1e-4
+    if case == "rtn":
+        assert 0.5 < result["predicted_kl"] / kl < 2
+
+
+def test_gptq_beats_round_to_nearest(work, tmp_path):
+    kl = {}
+    for mode in ("gptq", "rtn"):
+        run("quantize", SOURCE, tmp_path / mode, "--work", work, *COMMON, "--uniform", "nvfp4", "--render", mode,
+            "--eval-text", TEXT, "--eval-tokens", "4096", "--json", tmp_path / f"{mode}.json")
+        kl[mode] = json.loads((tmp_path / f"{mode}.json").read_text())["evaluation"]["kl"]
+    assert kl["gptq"] < 0.9 * kl["rtn"]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_killed_run_goes_on_to_the_same_bytes(tmp_path):
+    def command(name):
+        # The folder's name stands in the card, so both runs write to a folder of the same name.
+        return ["quantize", SOURCE, tmp_path / name / "out", *COMMON, "--bpp", "5.5", "--eval-text", TEXT,
+                "--eval-tokens", "2048"]
+
+    (tmp_path / "whole").mkdir()
+    begin = time.monotonic()
+    run(*command("whole"))
+    seconds = time.monotonic() - begin
+    expected = contents(tmp_path / "whole" / "out")
+    (tmp_path / "killed").mkdir()
+    kills = 0
+    for share in (0.1, 0.25, 0.4, 0.55, 0.3, 0.2):
+        process = subprocess.Popen([PROGRAM, *map(str, command("killed"))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=share * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 2
+    run(*command("killed"))
+    assert contents(tmp_path / "killed" / "out") == expected
+
+
+def test_choices_can_be_edited(work, tmp_path):
+    run("allocate", "--work", work, "--bpp", "5.0", "--json", tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    edited = next(n for n in plan["choices"] if n.endswith("layers.0.mlp.down_proj"))
+    plan["choices"][edited] = "bf16"
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    run("export", "--work", work, tmp_path / "out", "--choices", tmp_path / "plan.json")
+    record = json.loads((tmp_path / "out" / "prismaquant.json").read_text())
+    assert record["choices"][edited] == "bf16"
+    inspected = json.loads(run("inspect", tmp_path / "out", "--json", "-").stdout)
+    assert inspected["formats"]["nvfp4"]["linears"] == sum(f == "nvfp4" for f in plan["choices"].values())
+    fused = next(n for n in plan["choices"] if n.endswith("layers.0.mlp.gate_proj"))
+    plan["choices"][fused] = "bf16" if plan["choices"][fused] != "bf16" else "nvfp4"
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    refused = run("export", "--work", work, tmp_path / "out2", "--choices", tmp_path / "plan.json", expect=2)
+    assert "fused" in refused.stderr and not (tmp_path / "out2").exists()
