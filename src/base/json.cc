@@ -13,7 +13,8 @@ const char* TypeName(const Json& value) { return value.type_name(); }
 Status WrongType(const std::string& origin, const std::string& key, const Json& object,
                  const char* expected) {
   if (!object.is_object() || !object.contains(key)) {
-    return Status::InvalidInput(fmt::format("{}: key \"{}\" is missing, expected {}", origin, key, expected));
+    return Status::InvalidInput(
+        fmt::format("{}: key \"{}\" is missing, expected {}", origin, key, expected));
   }
   return Status::InvalidInput(fmt::format("{}: key \"{}\" is a {}, expected {}", origin, key,
                                           TypeName(object.at(key)), expected));
@@ -27,7 +28,8 @@ Result<Json> ParseJson(std::string_view text, const std::string& origin) {
   const auto watch_keys = [&](int, Json::parse_event_t event, Json& parsed) {
     if (event == Json::parse_event_t::object_start) open.emplace_back();
     if (event == Json::parse_event_t::object_end) open.pop_back();
-    if (event == Json::parse_event_t::key && !open.back().insert(parsed.get<std::string>()).second) {
+    if (event == Json::parse_event_t::key &&
+        !open.back().insert(parsed.get<std::string>()).second) {
       duplicate = parsed.get<std::string>();
     }
     return true;

@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_BASE_JSON_H_
 #define PRISMAQUANT_BASE_JSON_H_
 
-// JSON with errors that name the document and the key. Parsing rejects duplicate keys, since a reader that keeps
-// the last and one that keeps the first would disagree about the same file.
+// JSON with errors that name the document and the key. Parsing rejects duplicate keys, since a
+// reader that keeps the last and one that keeps the first would disagree about the same file.
 
 #include <cstdint>
 #include <nlohmann/json.hpp>

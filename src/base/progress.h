@@ -1,9 +1,9 @@
 #ifndef PRISMAQUANT_BASE_PROGRESS_H_
 #define PRISMAQUANT_BASE_PROGRESS_H_
 
-// Progress: a line on standard error with rate and time left for a stage of known length. On a terminal the line is
-// redrawn; elsewhere a plain line appears now and then. StageTimes: how long each stage took and the arithmetic it
-// did, for the final table. Both belong to one thread.
+// Progress: a line on standard error with rate and time left for a stage of known length. On a
+// terminal the line is redrawn; elsewhere a plain line appears now and then. StageTimes: how long
+// each stage took and the arithmetic it did, for the final table. Both belong to one thread.
 
 #include <chrono>
 #include <cstdint>
@@ -20,8 +20,8 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  // `done` of `total` steps are finished. Steps that were already finished at the start (a resumed run) are told once
-  // with Skip and do not count into the rate.
+  // `done` of `total` steps are finished. Steps that were already finished at the start (a resumed
+  // run) are told once with Skip and do not count into the rate.
   void Skip(int64_t steps);
   void Advance(int64_t steps = 1);
 

@@ -1,10 +1,12 @@
 #ifndef PRISMAQUANT_BASE_STATUS_H_
 #define PRISMAQUANT_BASE_STATUS_H_
 
-// Status: how every fallible function of PrismaQuant reports failure, and which exit code the failure ends the
-// program with. Result<T> is a value or a Status. Neither throws; both are values and as thread-safe as an int.
+// Status: how every fallible function of PrismaQuant reports failure, and which exit code the
+// failure ends the program with. Result<T> is a value or a Status. Neither throws; both are values
+// and as thread-safe as an int.
 //
-// A message is one line that names the file, the tensor or the option, what was found and what was expected.
+// A message is one line that names the file, the tensor or the option, what was found and what was
+// expected.
 
 #include <optional>
 #include <string>
@@ -44,8 +46,8 @@ class [[nodiscard]] Status {
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}           // NOLINT(google-explicit-constructor)
-  Result(Status status) : status_(std::move(status)) {}   // NOLINT(google-explicit-constructor)
+  Result(T value) : value_(std::move(value)) {}          // NOLINT(google-explicit-constructor)
+  Result(Status status) : status_(std::move(status)) {}  // NOLINT(google-explicit-constructor)
 
   bool ok() const { return status_.ok(); }
   const Status& status() const { return status_; }
@@ -65,8 +67,8 @@ class [[nodiscard]] Result {
 
 #define PQ_CONCAT_INNER(a, b) a##b
 #define PQ_CONCAT(a, b) PQ_CONCAT_INNER(a, b)
-#define PQ_RETURN_IF_ERROR(expression)                         \
-  do {                                                         \
+#define PQ_RETURN_IF_ERROR(expression)                                                     \
+  do {                                                                                     \
     if (::prismaquant::Status pq_status = (expression); !pq_status.ok()) return pq_status; \
   } while (false)
 #define PQ_ASSIGN_OR_RETURN(target, expression) \
