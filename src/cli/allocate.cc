@@ -37,7 +37,7 @@ Status RunAllocate(const AllocateFlags& flags) {
     return Status::InvalidInput("--bytes: goes with --costs; use --size for a checkpoint");
   PQ_ASSIGN_OR_RETURN(const auto session, Session::Resume(flags.work));
   PQ_ASSIGN_OR_RETURN(const Planner planner, session->MakePlanner(flags.plan, /*with_costs=*/true));
-  PQ_ASSIGN_OR_RETURN(const ChosenPlan chosen, ChoosePlan(planner, flags.plan));
+  PQ_ASSIGN_OR_RETURN(const ChosenPlan chosen, ChoosePlan(session->model(), planner, flags.plan));
   if (flags.json != "-") PrintPlan(chosen.plan, chosen.sweep, session->labels());
   return WriteJson(PlanToJson(chosen.plan, chosen.sweep), flags.json);
 }

@@ -35,6 +35,8 @@ Status TakeChoices(Session& session, const std::string& file, Delivery& delivery
   PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), choices));
   PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/true));
   PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(""));
+  PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes,
+                      ExactFileBytes(session.model(), delivery.plan.choices));
   return {};
 }
 
@@ -46,7 +48,7 @@ Status RunExport(const ExportFlags& flags) {
   } else {
     PQ_ASSIGN_OR_RETURN(const Planner planner,
                         session->MakePlanner(flags.plan, /*with_costs=*/true));
-    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(planner, flags.plan));
+    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(session->model(), planner, flags.plan));
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
     PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session->model(), delivery.plan.choices));
@@ -54,8 +56,6 @@ Status RunExport(const ExportFlags& flags) {
   if (session->labels() == LabelRule::kSampled) delivery.predicted_kl = delivery.plan.cost;
   PQ_ASSIGN_OR_RETURN(delivery.joint_loss,
                       JointLoss(session->store(), session->loss_tokens(), delivery.plan.choices));
-  PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes, PlannedFileBytes(session->model(), delivery.formats,
-                                                                 CheckpointWriter::Options()));
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
   PrintPlan(delivery.plan, delivery.sweep, session->labels());
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));

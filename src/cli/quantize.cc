@@ -46,7 +46,11 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
   if (!flags.plan.cost.empty()) text += " --cost " + flags.plan.cost;
   if (!flags.plan.preset.empty()) text += " --preset " + flags.plan.preset;
   if (flags.calibration.labels != "sampled") text += " --labels " + flags.calibration.labels;
+  if (flags.calibration.precision != "auto") text += " --precision " + flags.calibration.precision;
   if (flags.render.mode != "gptq") text += " --render " + flags.render.mode;
+  if (flags.render.damping != GptqOptions().damping)
+    text += fmt::format(" --damping {}", flags.render.damping);
+  if (flags.render.hessian != RenderFlags().hessian) text += " --hessian " + flags.render.hessian;
   return text;
 }
 
@@ -56,10 +60,12 @@ Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
     all.formats = {"nvfp4", "fp8", "mxfp8", "bf16"};
     PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/false));
     PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(flags.uniform));
+    PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes,
+                        ExactFileBytes(session.model(), delivery.plan.choices));
   } else {
     PQ_ASSIGN_OR_RETURN(const Planner planner,
                         session.MakePlanner(flags.plan, /*with_costs=*/true));
-    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(planner, flags.plan));
+    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(session.model(), planner, flags.plan));
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
     if (session.labels() == LabelRule::kSampled) delivery.predicted_kl = delivery.plan.cost;
@@ -67,8 +73,6 @@ Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
                         JointLoss(session.store(), session.loss_tokens(), delivery.plan.choices));
   }
   PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), delivery.plan.choices));
-  PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes, PlannedFileBytes(session.model(), delivery.formats,
-                                                                 CheckpointWriter::Options()));
   return {};
 }
 

@@ -253,7 +253,13 @@ Status Session::Render(const FormatChoice& formats, const RenderOptions& options
                [&] { return RenderModel(*model_, windows_, formats, options, key, *store_); });
 }
 
-Result<ChosenPlan> ChoosePlan(const Planner& planner, const PlanFlags& flags) {
+Result<int64_t> ExactFileBytes(const Model& model,
+                               const std::map<std::string, std::string>& choices) {
+  PQ_ASSIGN_OR_RETURN(const FormatChoice formats, ToFormats(model, choices));
+  return PlannedFileBytes(model, formats, CheckpointWriter::Options());
+}
+
+Result<ChosenPlan> ChoosePlan(const Model& model, const Planner& planner, const PlanFlags& flags) {
   ChosenPlan chosen;
   PQ_ASSIGN_OR_RETURN(chosen.sweep,
                       planner.Sweep(flags.sweep.empty() ? DefaultSweep() : flags.sweep));
@@ -269,6 +275,11 @@ Result<ChosenPlan> ChoosePlan(const Planner& planner, const PlanFlags& flags) {
     budget = chosen.sweep[static_cast<size_t>(knee)].budget;
   }
   PQ_ASSIGN_OR_RETURN(chosen.plan, planner.Plan(budget));
+  PQ_ASSIGN_OR_RETURN(chosen.plan.file_bytes, ExactFileBytes(model, chosen.plan.choices));
+  for (PlannedAllocation& point : chosen.sweep) {
+    if (!point.feasible) continue;
+    PQ_ASSIGN_OR_RETURN(point.file_bytes, ExactFileBytes(model, point.choices));
+  }
   return chosen;
 }
 

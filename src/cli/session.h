@@ -109,7 +109,12 @@ struct ChosenPlan {
   PlannedAllocation plan;
   std::vector<PlannedAllocation> sweep;
 };
-Result<ChosenPlan> ChoosePlan(const Planner& planner, const PlanFlags& flags);
+Result<ChosenPlan> ChoosePlan(const Model& model, const Planner& planner, const PlanFlags& flags);
+// Bytes of the *.safetensors that an export of these choices writes. A Planner counts the largest
+// header that any choice could have, so that a --size budget holds; this is the header they do
+// have.
+Result<int64_t> ExactFileBytes(const Model& model,
+                               const std::map<std::string, std::string>& choices);
 
 // Format objects for the plan's choices; Linears that the plan does not mention stay in the
 // source's format.
