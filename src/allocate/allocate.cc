@@ -13,7 +13,8 @@
 namespace prismaquant {
 namespace {
 
-// States that the exact stage may hold; beyond this the answer is the best one found, with its true gap.
+// States that the exact stage may hold; beyond this the answer is the best one found, with its true
+// gap.
 constexpr size_t kMaxStates = 20'000'000;
 
 // A choice worth considering: no other choice of its unit is as small and as good.
@@ -47,7 +48,8 @@ Item MakeItem(const Unit& unit) {
     return std::tie(a.bytes, a.cost, a.index) < std::tie(b.bytes, b.cost, b.index);
   });
   for (const Option& option : all) {
-    if (item.options.empty() || option.cost < item.options.back().cost) item.options.push_back(option);
+    if (item.options.empty() || option.cost < item.options.back().cost)
+      item.options.push_back(option);
   }
   for (int i = 0; i < static_cast<int>(item.options.size()); ++i) {
     while (item.hull.size() >= 2) {
@@ -81,10 +83,12 @@ Relaxation Relax(const std::vector<Item>& items, int64_t budget) {
     for (size_t h = 1; h < item.hull.size(); ++h) {
       const Option& a = item.options[item.hull[h - 1]];
       const Option& b = item.options[item.hull[h]];
-      steps.push_back({static_cast<int>(i), static_cast<int>(h - 1), static_cast<int>(h), b.bytes - a.bytes, a.cost - b.cost});
+      steps.push_back({static_cast<int>(i), static_cast<int>(h - 1), static_cast<int>(h),
+                       b.bytes - a.bytes, a.cost - b.cost});
     }
   }
-  std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.slope() > b.slope(); });
+  std::stable_sort(steps.begin(), steps.end(),
+                   [](const Step& a, const Step& b) { return a.slope() > b.slope(); });
   double fraction_gain = 0;
   for (const Step& step : steps) {
     if (r.bytes + step.bytes > budget) {
@@ -100,7 +104,8 @@ Relaxation Relax(const std::vector<Item>& items, int64_t budget) {
   return r;
 }
 
-// A feasible choice: the relaxation's integral part, then repeatedly the fitting upgrade that gains most per byte.
+// A feasible choice: the relaxation's integral part, then repeatedly the fitting upgrade that gains
+// most per byte.
 struct Incumbent {
   std::vector<int> option;
   int64_t bytes = 0;
@@ -139,13 +144,15 @@ Incumbent Fill(const std::vector<Item>& items, const Relaxation& relaxation, int
   return best;
 }
 
-// The exact stage. With the price of the relaxation every option has a reduced cost r >= 0 (what it loses against its
-// item's best at that price). A solution better than the incumbent spends less than the gap on reduced costs and unused
-// bytes together, so options with r >= gap drop out, and the rest is searched by dynamic programming over (bytes above
-// the relaxed choice, reduced cost), items with the largest stakes first, keeping undominated states within the gap.
+// The exact stage. With the price of the relaxation every option has a reduced cost r >= 0 (what it
+// loses against its item's best at that price). A solution better than the incumbent spends less
+// than the gap on reduced costs and unused bytes together, so options with r >= gap drop out, and
+// the rest is searched by dynamic programming over (bytes above the relaxed choice, reduced cost),
+// items with the largest stakes first, keeping undominated states within the gap.
 class Core {
  public:
-  Core(const std::vector<Item>& items, int64_t budget, const Relaxation& relaxation, Incumbent incumbent)
+  Core(const std::vector<Item>& items, int64_t budget, const Relaxation& relaxation,
+       Incumbent incumbent)
       : items_(items), budget_(budget), price_(relaxation.price), best_(std::move(incumbent)) {
     double dual = -price_ * static_cast<double>(budget);
     for (size_t i = 0; i < items_.size(); ++i) {
@@ -178,7 +185,9 @@ class Core {
     int16_t option = 0;
   };
 
-  double Penalised(const Option& option) const { return option.cost + price_ * static_cast<double>(option.bytes); }
+  double Penalised(const Option& option) const {
+    return option.cost + price_ * static_cast<double>(option.bytes);
+  }
   double Reduced(int item, const Option& option) const { return Penalised(option) - lowest_[item]; }
 
   // Items that keep more than one option; the others are fixed to their only one.
@@ -193,7 +202,8 @@ class Core {
       }
       if (kept_[i].size() > 1) order.push_back(static_cast<int>(i));
       const auto& options = items_[i].options;
-      stake[i] = static_cast<double>(options[kept_[i].back()].bytes - options[kept_[i].front()].bytes);
+      stake[i] =
+          static_cast<double>(options[kept_[i].back()].bytes - options[kept_[i].front()].bytes);
     }
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return stake[a] > stake[b]; });
     return order;
@@ -226,8 +236,8 @@ class Core {
     return Finish(order, layers_.back());
   }
 
-  std::vector<State> Extend(const std::vector<State>& states, int item, int64_t room, int64_t least_left,
-                            int64_t most_left, double gap) const {
+  std::vector<State> Extend(const std::vector<State>& states, int item, int64_t room,
+                            int64_t least_left, int64_t most_left, double gap) const {
     std::vector<State> next;
     for (size_t s = 0; s < states.size(); ++s) {
       for (const int o : kept_[item]) {
@@ -243,9 +253,12 @@ class Core {
     return Undominated(std::move(next));
   }
 
-  // A state is dominated by one with no more bytes whose true cost so far, reduced - price * bytes, is no higher.
+  // A state is dominated by one with no more bytes whose true cost so far, reduced - price * bytes,
+  // is no higher.
   std::vector<State> Undominated(std::vector<State> states) const {
-    const auto cost = [&](const State& s) { return s.reduced - price_ * static_cast<double>(s.bytes); };
+    const auto cost = [&](const State& s) {
+      return s.reduced - price_ * static_cast<double>(s.bytes);
+    };
     std::sort(states.begin(), states.end(), [&](const State& a, const State& b) {
       if (a.bytes != b.bytes) return a.bytes < b.bytes;
       if (a.reduced != b.reduced) return a.reduced < b.reduced;
@@ -279,9 +292,11 @@ class Core {
 
   void Consider(const std::vector<int>& option) {
     Incumbent candidate{.option = option, .bytes = 0, .cost = CostOf(items_, option)};
-    for (size_t i = 0; i < items_.size(); ++i) candidate.bytes += items_[i].options[option[i]].bytes;
+    for (size_t i = 0; i < items_.size(); ++i)
+      candidate.bytes += items_[i].options[option[i]].bytes;
     if (candidate.bytes > budget_) return;
-    if (std::tie(candidate.cost, candidate.bytes) < std::tie(best_.cost, best_.bytes)) best_ = std::move(candidate);
+    if (std::tie(candidate.cost, candidate.bytes) < std::tie(best_.cost, best_.bytes))
+      best_ = std::move(candidate);
   }
 
   const std::vector<Item>& items_;
@@ -297,21 +312,25 @@ class Core {
 Status Validate(const std::vector<Unit>& units) {
   int64_t most = 0;
   for (const Unit& unit : units) {
-    if (unit.choices.empty()) return Status::InvalidInput(fmt::format("unit {}: has no choice", unit.name));
+    if (unit.choices.empty())
+      return Status::InvalidInput(fmt::format("unit {}: has no choice", unit.name));
     std::set<std::string> formats;
     int64_t largest = 0;
     for (const Choice& choice : unit.choices) {
       if (!std::isfinite(choice.cost) || choice.cost < 0 || choice.bytes < 0) {
-        return Status::InvalidInput(fmt::format("unit {}: format {} has {} bytes and cost {}, expected both finite and not negative",
-                                                unit.name, choice.format, choice.bytes, choice.cost));
+        return Status::InvalidInput(fmt::format(
+            "unit {}: format {} has {} bytes and cost {}, expected both finite and not negative",
+            unit.name, choice.format, choice.bytes, choice.cost));
       }
       if (!formats.insert(choice.format).second) {
-        return Status::InvalidInput(fmt::format("unit {}: format {} is listed twice", unit.name, choice.format));
+        return Status::InvalidInput(
+            fmt::format("unit {}: format {} is listed twice", unit.name, choice.format));
       }
       largest = std::max(largest, choice.bytes);
     }
     if (__builtin_add_overflow(most, largest, &most) || most > (int64_t{1} << 52)) {
-      return Status::InvalidInput(fmt::format("unit {}: the bytes of all units pass 2^52", unit.name));
+      return Status::InvalidInput(
+          fmt::format("unit {}: the bytes of all units pass 2^52", unit.name));
     }
   }
   return {};
@@ -333,7 +352,9 @@ Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget) {
   PQ_RETURN_IF_ERROR(Validate(units));
   const int64_t smallest = SmallestBytes(units);
   if (budget < smallest) {
-    return Status::Unmet(fmt::format("the budget of {} bytes cannot be met, the smallest allocation has {} bytes", budget, smallest));
+    return Status::Unmet(
+        fmt::format("the budget of {} bytes cannot be met, the smallest allocation has {} bytes",
+                    budget, smallest));
   }
   std::vector<Item> items;
   for (const Unit& unit : units) items.push_back(MakeItem(unit));
@@ -353,15 +374,6 @@ Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget) {
   return result;
 }
 
-std::vector<Allocation> AllocateSweep(const std::vector<Unit>& units, const std::vector<int64_t>& budgets) {
-  std::vector<Allocation> sweep;
-  for (const int64_t budget : budgets) {
-    Result<Allocation> point = Allocate(units, budget);
-    sweep.push_back(point.ok() ? std::move(point).value() : Allocation());
-  }
-  return sweep;
-}
-
 int Knee(const std::vector<double>& x, const std::vector<double>& y) {
   if (x.size() < 3 || x.size() != y.size()) return -1;
   const auto [x_low, x_high] = std::minmax_element(x.begin(), x.end());
@@ -370,7 +382,8 @@ int Knee(const std::vector<double>& x, const std::vector<double>& y) {
   int knee = 0;
   double deepest = std::numeric_limits<double>::infinity();
   for (size_t i = 0; i < x.size(); ++i) {
-    const double difference = (y[i] - *y_low) / (*y_high - *y_low) - (1 - (x[i] - *x_low) / (*x_high - *x_low));
+    const double difference =
+        (y[i] - *y_low) / (*y_high - *y_low) - (1 - (x[i] - *x_low) / (*x_high - *x_low));
     if (difference < deepest) {
       deepest = difference;
       knee = static_cast<int>(i);

@@ -1,9 +1,9 @@
 #ifndef PRISMAQUANT_ALLOCATE_ALLOCATE_H_
 #define PRISMAQUANT_ALLOCATE_ALLOCATE_H_
 
-// Allocation: choose one format per unit so that the predicted loss is least and the bytes stay within an integer
-// budget: the multiple-choice knapsack problem (MCKP), solved exactly and with its certificate. Pure functions of
-// their arguments; no weights, no files.
+// Allocation: choose one format per unit so that the predicted loss is least and the bytes stay
+// within an integer budget: the multiple-choice knapsack problem (MCKP), solved exactly and with
+// its certificate. Pure functions of their arguments; no weights, no files.
 
 #include <cstdint>
 #include <string>
@@ -26,28 +26,25 @@ struct Unit {
 };
 
 struct Allocation {
-  std::vector<int> choice;   // per unit, index into Unit::choices
-  int64_t bytes = 0;         // <= budget
-  double cost = 0;           // sum of chosen costs
-  double lower_bound = 0;    // no allocation within the budget costs less; equals cost when that is proven
+  std::vector<int> choice;  // per unit, index into Unit::choices
+  int64_t bytes = 0;        // <= budget
+  double cost = 0;          // sum of chosen costs
+  double lower_bound =
+      0;  // no allocation within the budget costs less; equals cost when that is proven
   double gap() const { return cost - lower_bound; }
-  int64_t slack = 0;         // budget - bytes; no single lower-cost choice fits into it
-  double price = 0;          // nats per byte: the multiplier of the budget in the linear relaxation
+  int64_t slack = 0;  // budget - bytes; no single lower-cost choice fits into it
+  double price = 0;   // nats per byte: the multiplier of the budget in the linear relaxation
 };
 
-// Least cost within `budget` bytes, the same for the same arguments. A budget below the smallest sum of bytes is kUnmet and says
-// that sum.
+// Least cost within `budget` bytes, the same for the same arguments. A budget below the smallest
+// sum of bytes is kUnmet and says that sum.
 Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget);
 
 // Bytes of the smallest allocation.
 int64_t SmallestBytes(const std::vector<Unit>& units);
 
-// One exact allocation per budget; an infeasible budget has no choices (empty vector).
-std::vector<Allocation> AllocateSweep(const std::vector<Unit>& units,
-                                      const std::vector<int64_t>& budgets);
-
-// Kneedle (Satopaa et al. 2011) for a decreasing curve: index of the point farthest below the chord of the normalised
-// curve, -1 if there are fewer than three points.
+// Kneedle (Satopaa et al. 2011) for a decreasing curve: index of the point farthest below the chord
+// of the normalised curve, -1 if there are fewer than three points.
 int Knee(const std::vector<double>& x, const std::vector<double>& y);
 
 }  // namespace prismaquant

@@ -45,17 +45,19 @@ Status ApplyRule(std::vector<UnitCosts>& units, const FormatRule& rule, bool pin
     if (!Matches(unit, regex)) continue;
     matched = true;
     if (pin && FindUnitFormat(unit, rule.format) == nullptr) {
-      return Status::InvalidInput(fmt::format("{} {}={}: {} cannot have this format", option, rule.pattern,
-                                              rule.format, unit.name));
+      return Status::InvalidInput(fmt::format("{} {}={}: {} cannot have this format", option,
+                                              rule.pattern, rule.format, unit.name));
     }
-    std::erase_if(unit.formats, [&](const UnitFormat& f) { return (f.format == rule.format) != pin; });
+    std::erase_if(unit.formats,
+                  [&](const UnitFormat& f) { return (f.format == rule.format) != pin; });
     if (unit.formats.empty()) {
-      return Status::InvalidInput(
-          fmt::format("{} {}={}: leaves {} without a format", option, rule.pattern, rule.format, unit.name));
+      return Status::InvalidInput(fmt::format("{} {}={}: leaves {} without a format", option,
+                                              rule.pattern, rule.format, unit.name));
     }
   }
   if (matched) return {};
-  return Status::InvalidInput(fmt::format("{} {}={}: matches no Linear", option, rule.pattern, rule.format));
+  return Status::InvalidInput(
+      fmt::format("{} {}={}: matches no Linear", option, rule.pattern, rule.format));
 }
 
 std::vector<Unit> ToUnits(const std::vector<UnitCosts>& units, const std::vector<char>* counted) {
@@ -73,7 +75,10 @@ std::vector<Unit> ToUnits(const std::vector<UnitCosts>& units, const std::vector
 
 Json FrontierPoint(const PlannedAllocation& point) {
   Json json = {{"bpp", point.budget.bpp}, {"feasible", point.feasible}};
-  if (!point.feasible) return json;
+  if (!point.feasible) {
+    json["smallest_feasible_bpp"] = point.smallest_bpp;
+    return json;
+  }
   json["bpp"] = point.bpp;
   json["target_bpp"] = point.budget.bpp;
   json["bytes"] = point.bytes;
@@ -95,40 +100,46 @@ Result<FormatRule> ParseFormatRule(const std::string& option, const std::string&
 
 Result<int64_t> ParseSize(const std::string& option, const std::string& text) {
   static const std::map<std::string, double> kUnits = {
-      {"", 1},     {"B", 1},           {"kB", 1e3},           {"KB", 1e3},  {"MB", 1e6},
-      {"GB", 1e9}, {"KiB", 0x1p10},    {"MiB", 0x1p20},       {"GiB", 0x1p30}};
+      {"", 1},     {"B", 1},        {"kB", 1e3},     {"KB", 1e3},    {"MB", 1e6},
+      {"GB", 1e9}, {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30}};
   char* end = nullptr;
   const double value = std::strtod(text.c_str(), &end);
   std::string unit = end;
-  unit.erase(0, unit.find_first_not_of(' ') == std::string::npos ? unit.size() : unit.find_first_not_of(' '));
+  unit.erase(0, unit.find_first_not_of(' ') == std::string::npos ? unit.size()
+                                                                 : unit.find_first_not_of(' '));
   const auto factor = kUnits.find(unit);
   if (end == text.c_str() || factor == kUnits.end() || !std::isfinite(value) || value <= 0 ||
       value * factor->second > 0x1p52) {
-    return Status::InvalidInput(fmt::format("{} {}: expected a size as 23GB or 1.5GiB", option, text));
+    return Status::InvalidInput(
+        fmt::format("{} {}: expected a size as 23GB or 1.5GiB", option, text));
   }
   return static_cast<int64_t>(value * factor->second);
 }
 
-Result<Planner> Planner::Make(std::vector<UnitCosts> units, const PlanRules& rules, int64_t fixed_bytes) {
+Result<Planner> Planner::Make(std::vector<UnitCosts> units, const PlanRules& rules,
+                              int64_t fixed_bytes) {
   Planner planner;
   planner.fixed_bytes_ = fixed_bytes;
   for (UnitCosts& unit : units) {
     KeepOnly(unit, rules.formats);
     if (unit.formats.empty()) {
-      return Status::InvalidInput(fmt::format("--formats {}: none of them can hold {}", fmt::join(rules.formats, ","), unit.name));
+      return Status::InvalidInput(fmt::format("--formats {}: none of them can hold {}",
+                                              fmt::join(rules.formats, ","), unit.name));
     }
     planner.counted_.push_back(unit.formats.size() >= 2 ? 1 : 0);
     if (unit.formats.size() >= 2) planner.counted_weights_ += unit.weights;
   }
   for (const FormatRule& rule : rules.pin) PQ_RETURN_IF_ERROR(ApplyRule(units, rule, /*pin=*/true));
-  for (const FormatRule& rule : rules.forbid) PQ_RETURN_IF_ERROR(ApplyRule(units, rule, /*pin=*/false));
+  for (const FormatRule& rule : rules.forbid)
+    PQ_RETURN_IF_ERROR(ApplyRule(units, rule, /*pin=*/false));
   planner.units_ = std::move(units);
   return planner;
 }
 
 double Planner::SmallestBpp() const {
   if (counted_weights_ == 0) return 0;
-  return 8.0 * static_cast<double>(SmallestBytes(ToUnits(units_, &counted_))) / static_cast<double>(counted_weights_);
+  return 8.0 * static_cast<double>(SmallestBytes(ToUnits(units_, &counted_))) /
+         static_cast<double>(counted_weights_);
 }
 
 PlannedAllocation Planner::Describe(const std::vector<int>& choice) const {
@@ -144,21 +155,25 @@ PlannedAllocation Planner::Describe(const std::vector<int>& choice) const {
     if (counted_[i]) payload += format.payload_bytes;
   }
   plan.file_bytes = fixed_bytes_ + plan.bytes;
-  if (counted_weights_ > 0) plan.bpp = 8.0 * static_cast<double>(payload) / static_cast<double>(counted_weights_);
+  if (counted_weights_ > 0)
+    plan.bpp = 8.0 * static_cast<double>(payload) / static_cast<double>(counted_weights_);
   return plan;
 }
 
 Result<PlannedAllocation> Planner::Plan(const Budget& budget) const {
   const bool by_bpp = budget.kind == Budget::Kind::kBpp;
-  const int64_t limit = by_bpp ? static_cast<int64_t>(std::floor(budget.bpp * static_cast<double>(counted_weights_) / 8))
-                               : budget.file_bytes - fixed_bytes_;
+  const int64_t limit =
+      by_bpp
+          ? static_cast<int64_t>(std::floor(budget.bpp * static_cast<double>(counted_weights_) / 8))
+          : budget.file_bytes - fixed_bytes_;
   const std::vector<Unit> units = ToUnits(units_, by_bpp ? &counted_ : nullptr);
   const int64_t smallest = SmallestBytes(units);
   if (limit < smallest) {
-    return Status::Unmet(by_bpp ? fmt::format("--bpp {} cannot be met: the smallest feasible is {:.4f}", budget.bpp,
-                                              std::ceil(SmallestBpp() * 1e4) / 1e4)
-                                : fmt::format("--size of {} bytes cannot be met: the smallest feasible is {} bytes",
-                                              budget.file_bytes, smallest + fixed_bytes_));
+    return Status::Unmet(
+        by_bpp ? fmt::format("--bpp {} cannot be met: the smallest feasible is {:.4f}", budget.bpp,
+                             std::ceil(SmallestBpp() * 1e4) / 1e4)
+               : fmt::format("--size of {} bytes cannot be met: the smallest feasible is {} bytes",
+                             budget.file_bytes, smallest + fixed_bytes_));
   }
   PQ_ASSIGN_OR_RETURN(const Allocation allocation, Allocate(units, limit));
   PlannedAllocation plan = Describe(allocation.choice);
@@ -178,6 +193,7 @@ Result<std::vector<PlannedAllocation>> Planner::Sweep(const std::vector<double>&
     PlannedAllocation point;
     if (plan.ok()) point = std::move(plan).value();
     point.budget = budget;
+    point.smallest_bpp = SmallestBpp();
     sweep.push_back(std::move(point));
   }
   return sweep;
@@ -188,7 +204,8 @@ Result<PlannedAllocation> Planner::Uniform(const std::string& format) const {
   for (const UnitCosts& unit : units_) {
     int best = 0;
     for (size_t f = 0; f < unit.formats.size(); ++f) {
-      if (unit.formats[f].bytes > unit.formats[static_cast<size_t>(best)].bytes) best = static_cast<int>(f);
+      if (unit.formats[f].bytes > unit.formats[static_cast<size_t>(best)].bytes)
+        best = static_cast<int>(f);
     }
     for (size_t f = 0; f < unit.formats.size(); ++f) {
       if (unit.formats[f].format == format) best = static_cast<int>(f);
@@ -215,8 +232,9 @@ int KneeOf(const std::vector<PlannedAllocation>& sweep) {
 }
 
 Json PlanToJson(const PlannedAllocation& plan, const std::vector<PlannedAllocation>& sweep) {
-  Json budget = plan.budget.kind == Budget::Kind::kBpp ? Json{{"bpp", plan.budget.bpp}}
-                                                       : Json{{"file_bytes", plan.budget.file_bytes}};
+  Json budget = plan.budget.kind == Budget::Kind::kBpp
+                    ? Json{{"bpp", plan.budget.bpp}}
+                    : Json{{"file_bytes", plan.budget.file_bytes}};
   Json json = {{"schema", 1},
                {"budget", budget},
                {"bpp", plan.bpp},
@@ -232,31 +250,38 @@ Json PlanToJson(const PlannedAllocation& plan, const std::vector<PlannedAllocati
                {"frontier", Json::array()},
                {"knee", nullptr}};
   for (const PlannedAllocation& point : sweep) json["frontier"].push_back(FrontierPoint(point));
-  if (const int knee = KneeOf(sweep); knee >= 0) json["knee"] = {{"bpp", sweep[static_cast<size_t>(knee)].bpp}};
+  if (const int knee = KneeOf(sweep); knee >= 0)
+    json["knee"] = {{"bpp", sweep[static_cast<size_t>(knee)].bpp}};
   return json;
 }
 
-Result<std::map<std::string, std::string>> ChoicesFromJson(const Json& json, const std::string& origin,
-                                                           const std::vector<std::string>& linears) {
+Result<std::map<std::string, std::string>> ChoicesFromJson(
+    const Json& json, const std::string& origin, const std::vector<std::string>& linears) {
   if (!json.is_object() || !json.contains("choices") || !json["choices"].is_object()) {
-    return Status::InvalidInput(fmt::format("{}: no object \"choices\" of Linear names and formats", origin));
+    return Status::InvalidInput(
+        fmt::format("{}: no object \"choices\" of Linear names and formats", origin));
   }
   std::map<std::string, std::string> choices;
   const std::set<std::string> known(linears.begin(), linears.end());
   for (const auto& [linear, format] : json["choices"].items()) {
-    if (!format.is_string()) return Status::InvalidInput(fmt::format("{}: the format of {} is not a string", origin, linear));
-    if (!known.count(linear)) return Status::InvalidInput(fmt::format("{}: the model has no Linear {}", origin, linear));
+    if (!format.is_string())
+      return Status::InvalidInput(
+          fmt::format("{}: the format of {} is not a string", origin, linear));
+    if (!known.count(linear))
+      return Status::InvalidInput(fmt::format("{}: the model has no Linear {}", origin, linear));
     choices[linear] = format.get<std::string>();
   }
   for (const std::string& linear : linears) {
-    if (!choices.count(linear)) return Status::InvalidInput(fmt::format("{}: no choice for Linear {}", origin, linear));
+    if (!choices.count(linear))
+      return Status::InvalidInput(fmt::format("{}: no choice for Linear {}", origin, linear));
   }
   return choices;
 }
 
 Result<std::vector<Unit>> UnitsFromJson(const Json& json, const std::string& origin) {
   PQ_ASSIGN_OR_RETURN(const int64_t schema, JsonInt(json, "schema", origin));
-  if (schema != 1) return Status::InvalidInput(fmt::format("{}: schema {}, expected 1", origin, schema));
+  if (schema != 1)
+    return Status::InvalidInput(fmt::format("{}: schema {}, expected 1", origin, schema));
   if (!json.contains("units") || !json["units"].is_array()) {
     return Status::InvalidInput(fmt::format("{}: no list \"units\"", origin));
   }
@@ -264,7 +289,8 @@ Result<std::vector<Unit>> UnitsFromJson(const Json& json, const std::string& ori
   std::set<std::string> names;
   for (const Json& entry : json["units"]) {
     Unit unit;
-    PQ_ASSIGN_OR_RETURN(unit.name, JsonString(entry, "name", fmt::format("{}: unit {}", origin, units.size())));
+    PQ_ASSIGN_OR_RETURN(
+        unit.name, JsonString(entry, "name", fmt::format("{}: unit {}", origin, units.size())));
     const std::string where = fmt::format("{}: unit {}", origin, unit.name);
     if (!names.insert(unit.name).second) return Status::InvalidInput(where + " is listed twice");
     if (entry.contains("weights")) {
@@ -285,7 +311,8 @@ Result<std::vector<Unit>> UnitsFromJson(const Json& json, const std::string& ori
   return units;
 }
 
-Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocation, int64_t budget) {
+Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocation,
+                      int64_t budget) {
   Json choices = Json::object();
   std::map<std::string, int64_t> counts;
   int64_t weights = 0;
@@ -306,7 +333,8 @@ Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocati
                {"formats", counts},
                {"choices", choices},
                {"bpp", nullptr}};
-  if (weights > 0) json["bpp"] = 8.0 * static_cast<double>(allocation.bytes) / static_cast<double>(weights);
+  if (weights > 0)
+    json["bpp"] = 8.0 * static_cast<double>(allocation.bytes) / static_cast<double>(weights);
   return json;
 }
 

@@ -1,9 +1,10 @@
 #ifndef PRISMAQUANT_ALLOCATE_PLAN_H_
 #define PRISMAQUANT_ALLOCATE_PLAN_H_
 
-// The plan of a model: which format each Linear gets. Between the bare knapsack (allocate.h) and the user: units of fused
-// Linears with their costs, rules that pin or forbid formats, budgets in bits per parameter or in checkpoint bytes, sweeps
-// over several budgets, and the JSON that the allocate command prints and export reads back.
+// The plan of a model: which format each Linear gets. Between the bare knapsack (allocate.h) and
+// the user: units of fused Linears with their costs, rules that pin or forbid formats, budgets in
+// bits per parameter or in checkpoint bytes, sweeps over several budgets, and the JSON that the
+// allocate command prints and export reads back.
 
 #include <cstdint>
 #include <map>
@@ -62,29 +63,32 @@ struct PlannedAllocation {
   int64_t bytes = 0;       // of the units, all tensors
   int64_t file_bytes = 0;  // of the whole checkpoint
   double cost = 0, lower_bound = 0, price = 0;
-  int64_t slack = 0;                    // in what the budget counts
+  int64_t slack = 0;                      // in what the budget counts
   std::map<std::string, int64_t> counts;  // format -> number of Linears
+  double smallest_bpp = 0;                // of a sweep: the least budget that is feasible
 };
 
 class Planner {
  public:
-  // `fixed_bytes`: checkpoint bytes outside the units. A rule that matches nothing, or leaves a unit without a format, is
-  // kInvalidInput.
-  static Result<Planner> Make(std::vector<UnitCosts> units, const PlanRules& rules, int64_t fixed_bytes);
+  // `fixed_bytes`: checkpoint bytes outside the units. A rule that matches nothing, or leaves a
+  // unit without a format, is kInvalidInput.
+  static Result<Planner> Make(std::vector<UnitCosts> units, const PlanRules& rules,
+                              int64_t fixed_bytes);
 
   // The best plan; an infeasible budget is kUnmet and says the smallest feasible one.
   Result<PlannedAllocation> Plan(const Budget& budget) const;
   // One plan per bpp; infeasible ones are marked.
   Result<std::vector<PlannedAllocation>> Sweep(const std::vector<double>& bpps) const;
   double SmallestBpp() const;
-  // The plan that gives every unit this format (the largest other admitted one where a unit has no such choice).
+  // The plan that gives every unit this format (the largest other admitted one where a unit has no
+  // such choice).
   Result<PlannedAllocation> Uniform(const std::string& format) const;
 
  private:
   PlannedAllocation Describe(const std::vector<int>& choice) const;
 
-  std::vector<UnitCosts> units_;      // formats after the rules
-  std::vector<char> counted_;         // per unit: had two formats before the rules, so it counts in bpp
+  std::vector<UnitCosts> units_;  // formats after the rules
+  std::vector<char> counted_;     // per unit: had two formats before the rules, so it counts in bpp
   int64_t counted_weights_ = 0;
   int64_t fixed_bytes_ = 0;
 };
@@ -95,7 +99,8 @@ int KneeOf(const std::vector<PlannedAllocation>& sweep);
 // The JSON of the allocate command (docs/commands.md).
 Json PlanToJson(const PlannedAllocation& plan, const std::vector<PlannedAllocation>& sweep);
 // Linear -> format from such a JSON; every Linear of `linears` must be listed and no other.
-Result<std::map<std::string, std::string>> ChoicesFromJson(const Json& json, const std::string& origin,
+Result<std::map<std::string, std::string>> ChoicesFromJson(const Json& json,
+                                                           const std::string& origin,
                                                            const std::vector<std::string>& linears);
 
 // `allocate --costs`: a table of units and choices made elsewhere, and its solution as JSON.

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <cmath>
+
 namespace prismaquant {
 
 std::string FormatCounts(const std::map<std::string, int64_t>& counts) {
@@ -17,7 +19,8 @@ void PrintPlan(const PlannedAllocation& plan, const std::vector<PlannedAllocatio
   fmt::print("{:>8}  {:>12}  {:>12}  formats\n", "bpp", "size", loss);
   for (const PlannedAllocation& point : sweep) {
     if (!point.feasible) {
-      fmt::print("{:>8.4f}  infeasible\n", point.budget.bpp);
+      fmt::print("{:>8.4f}  infeasible, the smallest feasible is {:.4f}\n", point.budget.bpp,
+                 std::ceil(point.smallest_bpp * 1e4) / 1e4);
       continue;
     }
     fmt::print("{:>8.4f}  {:>12}  {:>12.5f}  {}\n", point.bpp, FormatBytes(point.file_bytes),

@@ -1,0 +1,219 @@
+#include "allocate/plan.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace prismaquant {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int64_t kFixedBytes = 1000;
+
+// Two units of 16 weights and one of 8 that only bf16 can hold. Each quantized Linear has 8 bytes
+// that bpp does not count.
+std::vector<UnitCosts> MakeUnits() {
+  const auto formats = [](int64_t weights, double loss) {
+    return std::vector<UnitFormat>{{"nvfp4", weights / 2 + 8, weights / 2, loss},
+                                   {"fp8", weights, weights, loss / 10},
+                                   {"bf16", 2 * weights, 2 * weights, 0}};
+  };
+  return {{"l.0.qkv_proj", {"l.0.q_proj", "l.0.k_proj"}, 16, formats(16, 1.0)},
+          {"l.1.down_proj", {"l.1.down_proj"}, 16, formats(16, 3.0)},
+          {"l.2.odd", {"l.2.odd"}, 8, {{"bf16", 16, 16, 0}}}};
+}
+
+PlanRules Rules() { return {.formats = {"nvfp4", "fp8", "bf16"}, .pin = {}, .forbid = {}}; }
+
+Planner MakePlanner(const PlanRules& rules = Rules()) {
+  Result<Planner> planner = Planner::Make(MakeUnits(), rules, kFixedBytes);
+  EXPECT_TRUE(planner.ok()) << planner.status().message();
+  return std::move(planner).value();
+}
+
+Budget Bpp(double bpp) { return {.kind = Budget::Kind::kBpp, .bpp = bpp, .file_bytes = 0}; }
+
+TEST(Planner, BppCountsPayloadOfUnitsWithAChoice) {
+  const Result<PlannedAllocation> plan = MakePlanner().Plan(Bpp(6));
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_EQ(plan->choices.at("l.1.down_proj"), "fp8");
+  EXPECT_EQ(plan->choices.at("l.0.q_proj"), "nvfp4");
+  EXPECT_EQ(plan->choices.at("l.0.k_proj"), "nvfp4");
+  EXPECT_EQ(plan->choices.at("l.2.odd"), "bf16");
+  EXPECT_DOUBLE_EQ(plan->bpp, 6.0);
+  EXPECT_EQ(plan->slack, 0);
+  EXPECT_EQ(plan->bytes, 16 + 16 + 16);
+  EXPECT_EQ(plan->file_bytes, kFixedBytes + 48);
+  EXPECT_DOUBLE_EQ(plan->cost, 1.3);
+  EXPECT_DOUBLE_EQ(plan->lower_bound, 1.3);
+  EXPECT_EQ(plan->counts.at("nvfp4"), 2);
+}
+
+TEST(Planner, BppIsNeverAboveTheBudget) {
+  const Planner planner = MakePlanner();
+  for (double bpp = 4; bpp < 17; bpp += 0.37) {
+    const Result<PlannedAllocation> plan = planner.Plan(Bpp(bpp));
+    ASSERT_TRUE(plan.ok());
+    EXPECT_LE(plan->bpp, bpp);
+    EXPECT_GE(plan->slack, 0);
+  }
+}
+
+TEST(Planner, SizeCountsEveryByteOfTheCheckpoint) {
+  const Planner planner = MakePlanner();
+  const Budget budget{.kind = Budget::Kind::kFileBytes, .bpp = 0, .file_bytes = kFixedBytes + 63};
+  const Result<PlannedAllocation> plan = planner.Plan(budget);
+  ASSERT_TRUE(plan.ok());
+  EXPECT_LE(plan->file_bytes, budget.file_bytes);
+  EXPECT_EQ(plan->slack, budget.file_bytes - plan->file_bytes);
+  EXPECT_EQ(plan->choices.at("l.1.down_proj"), "fp8");
+}
+
+TEST(Planner, AnInfeasibleBudgetNamesOneThatWorks) {
+  const Planner planner = MakePlanner();
+  const Status refused = planner.Plan(Bpp(3.9)).status();
+  EXPECT_EQ(refused.code(), StatusCode::kUnmet);
+  EXPECT_THAT(refused.message(), HasSubstr("--bpp 3.9"));
+  EXPECT_THAT(refused.message(), HasSubstr("4.0000"));
+  EXPECT_TRUE(planner.Plan(Bpp(4.0)).ok());
+  EXPECT_DOUBLE_EQ(planner.SmallestBpp(), 4.0);
+
+  const int64_t smallest = kFixedBytes + 16 + 16 + 16;
+  Budget size{.kind = Budget::Kind::kFileBytes, .bpp = 0, .file_bytes = smallest - 1};
+  EXPECT_THAT(planner.Plan(size).status().message(), HasSubstr(std::to_string(smallest)));
+  size.file_bytes = smallest;
+  EXPECT_TRUE(planner.Plan(size).ok());
+}
+
+TEST(Planner, SweepMarksInfeasiblePointsWithTheSmallestFeasibleOne) {
+  const Result<std::vector<PlannedAllocation>> sweep = MakePlanner().Sweep({3, 4, 8});
+  ASSERT_TRUE(sweep.ok());
+  ASSERT_EQ(sweep->size(), 3U);
+  EXPECT_FALSE((*sweep)[0].feasible);
+  EXPECT_TRUE((*sweep)[1].feasible);
+  const Json json = PlanToJson((*sweep)[2], *sweep);
+  EXPECT_EQ(json["frontier"][0]["feasible"], false);
+  EXPECT_DOUBLE_EQ(json["frontier"][0]["smallest_feasible_bpp"], 4.0);
+  EXPECT_EQ(json["frontier"][1]["feasible"], true);
+  EXPECT_EQ(json["frontier"][1]["target_bpp"], 4.0);
+}
+
+TEST(Planner, PinsAndForbidsActOnWholeUnits) {
+  PlanRules rules = Rules();
+  rules.pin = {{"k_proj", "bf16"}};
+  rules.forbid = {{"down_proj$", "nvfp4"}};
+  const Result<PlannedAllocation> plan = MakePlanner(rules).Plan(Bpp(16));
+  ASSERT_TRUE(plan.ok());
+  EXPECT_EQ(plan->choices.at("l.0.q_proj"), "bf16");
+  const Planner planner = MakePlanner(rules);
+  EXPECT_DOUBLE_EQ(planner.SmallestBpp(), 12.0) << "pinned units still count in bpp";
+  EXPECT_EQ(planner.Plan(Bpp(12))->choices.at("l.1.down_proj"), "fp8");
+}
+
+TEST(Planner, RefusesRulesThatCannotHold) {
+  const auto refusal = [](const PlanRules& rules) {
+    const Result<Planner> planner = Planner::Make(MakeUnits(), rules, kFixedBytes);
+    EXPECT_EQ(planner.status().code(), StatusCode::kInvalidInput);
+    return planner.status().message();
+  };
+  PlanRules rules = Rules();
+  rules.pin = {{"no_such", "fp8"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("--pin no_such=fp8: matches no Linear"));
+  rules.pin = {{"(", "fp8"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("pattern"));
+  rules.pin = {{"odd", "fp8"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("l.2.odd"));
+  rules.pin = {{"down", "fp8"}};
+  rules.forbid = {{"down", "fp8"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("without a format"));
+  rules = Rules();
+  rules.formats = {"nvfp4"};
+  EXPECT_THAT(refusal(rules), HasSubstr("--formats nvfp4"));
+}
+
+TEST(Planner, UniformTakesTheLargestOtherFormatWhereItCannot) {
+  const Result<PlannedAllocation> plan = MakePlanner().Uniform("fp8");
+  ASSERT_TRUE(plan.ok());
+  EXPECT_EQ(plan->choices.at("l.0.q_proj"), "fp8");
+  EXPECT_EQ(plan->choices.at("l.2.odd"), "bf16");
+  EXPECT_DOUBLE_EQ(plan->bpp, 8.0);
+}
+
+TEST(Plan, JsonGoesOutAndComesBack) {
+  const Planner planner = MakePlanner();
+  const PlannedAllocation plan = planner.Plan(Bpp(6)).value();
+  const Json json = PlanToJson(plan, {});
+  EXPECT_EQ(json["schema"], 1);
+  EXPECT_EQ(json["gap"], 0.0);
+  EXPECT_DOUBLE_EQ(json["predicted_kl"], 1.3);
+  const std::vector<std::string> linears = {"l.0.q_proj", "l.0.k_proj", "l.1.down_proj", "l.2.odd"};
+  const auto choices = ChoicesFromJson(json, "plan.json", linears);
+  ASSERT_TRUE(choices.ok()) << choices.status().message();
+  EXPECT_EQ(*choices, plan.choices);
+}
+
+TEST(Plan, RefusesChoicesThatDoNotFitTheModel) {
+  const std::vector<std::string> linears = {"a", "b"};
+  const auto refusal = [&](const Json& json) {
+    return ChoicesFromJson(json, "plan.json", linears).status().message();
+  };
+  EXPECT_THAT(refusal({{"choices", {{"a", "fp8"}}}}), HasSubstr("no choice for Linear b"));
+  EXPECT_THAT(refusal({{"choices", {{"a", "fp8"}, {"b", "fp8"}, {"c", "fp8"}}}}),
+              HasSubstr("no Linear c"));
+  EXPECT_THAT(refusal({{"choices", {{"a", 4}, {"b", "fp8"}}}}), HasSubstr("format of a"));
+  EXPECT_THAT(refusal(Json::array()), HasSubstr("plan.json"));
+}
+
+TEST(Rules, ParseAtTheLastEqualsSign) {
+  const Result<FormatRule> rule = ParseFormatRule("--pin", "a=b=fp8");
+  ASSERT_TRUE(rule.ok());
+  EXPECT_EQ(rule->pattern, "a=b");
+  EXPECT_EQ(rule->format, "fp8");
+  for (const char* bad : {"fp8", "=fp8", "a=", ""}) {
+    EXPECT_THAT(ParseFormatRule("--pin", bad).status().message(), HasSubstr("REGEX=FORMAT"));
+  }
+}
+
+TEST(Size, TakesDecimalAndBinaryUnits) {
+  EXPECT_EQ(*ParseSize("--size", "23GB"), 23'000'000'000);
+  EXPECT_EQ(*ParseSize("--size", "1.5GiB"), 3 * (int64_t{1} << 29));
+  EXPECT_EQ(*ParseSize("--size", "5000"), 5000);
+  EXPECT_EQ(*ParseSize("--size", "2 MB"), 2'000'000);
+  for (const char* bad : {"", "GB", "-1GB", "0", "1TBx", "nan", "1e30GB"}) {
+    EXPECT_THAT(ParseSize("--size", bad).status().message(), HasSubstr("23GB")) << bad;
+  }
+}
+
+TEST(CostTable, IsReadAndItsFaultsAreNamed) {
+  const auto parse = [](const char* text) {
+    return UnitsFromJson(Json::parse(text), "costs.json");
+  };
+  const auto units = parse(R"({"schema":1,"units":[{"name":"u","weights":8,"choices":
+      [{"format":"nvfp4","bytes":4,"cost":0.5},{"format":"bf16","bytes":16,"cost":0}]}]})");
+  ASSERT_TRUE(units.ok()) << units.status().message();
+  ASSERT_EQ(units->size(), 1U);
+  EXPECT_EQ((*units)[0].choices[1].bytes, 16);
+  const Allocation allocation = Allocate(*units, 10).value();
+  const Json json = AllocationToJson(*units, allocation, 10);
+  EXPECT_EQ(json["choices"]["u"], "nvfp4");
+  EXPECT_DOUBLE_EQ(json["bpp"], 4.0);
+  EXPECT_EQ(json["slack_bytes"], 6);
+
+  EXPECT_THAT(parse(R"({"units":[]})").status().message(), HasSubstr("schema"));
+  EXPECT_THAT(parse(R"({"schema":2,"units":[]})").status().message(), HasSubstr("schema 2"));
+  EXPECT_THAT(parse(R"({"schema":1})").status().message(), HasSubstr("units"));
+  EXPECT_THAT(parse(R"({"schema":1,"units":[{"name":"u"}]})").status().message(),
+              HasSubstr("unit u"));
+  EXPECT_THAT(parse(R"({"schema":1,"units":[{"name":"u","choices":[{"format":"a","bytes":1.5,
+      "cost":0}]}]})")
+                  .status()
+                  .message(),
+              HasSubstr("bytes"));
+  EXPECT_THAT(parse(R"({"schema":1,"units":[{"name":"u","choices":[]},{"name":"u","choices":[]}]})")
+                  .status()
+                  .message(),
+              HasSubstr("listed twice"));
+}
+
+}  // namespace
+}  // namespace prismaquant

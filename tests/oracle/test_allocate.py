@@ -1,0 +1,116 @@
+"""The exact allocation against HiGHS on random problems, through `prismaquant allocate --costs`."""
+
+import json
+import os
+import subprocess
+
+import highspy
+import numpy as np
+import pytest
+
+PROGRAM = os.environ["PRISMAQUANT_BINARY"]
+BITS = [4.5, 8.02, 8.25, 4.25, 16.0]
+
+
+def model_like(random, units: int, choices: int):
+    """A few sizes of Linears, losses over orders of magnitude that fall with the bits."""
+    weights = random.choice([1 << 20, 3 << 19, 5 << 18, 17 << 16], size=units)
+    bits = np.array(BITS[:choices])
+    loss = random.lognormal(-7, 1.5, size=(units, 1)) * 4.0 ** (4.5 - bits) * random.uniform(0.5, 2, (units, choices))
+    loss[:, bits == 16] = 0
+    return (weights[:, None] * bits / 8).astype(np.int64) + 8, loss
+
+
+def unrelated(random, units: int, choices: int):
+    """Bytes and losses that have nothing to do with each other."""
+    return random.integers(0, 1000, (units, choices)), random.uniform(0, 1, (units, choices))
+
+
+def correlated(random, units: int, choices: int):
+    """Loss nearly linear in bytes: the relaxation hardly decides anything."""
+    sizes = random.integers(1, 60, (units, choices))
+    return sizes, (70.0 - sizes + random.integers(0, 3, (units, choices))) / 7
+
+
+def cases():
+    random = np.random.default_rng(5)
+    found = []
+    for index in range(50):
+        found.append(("model", model_like, int(random.integers(20, 401)), int(random.integers(2, 6)), index))
+    for index in range(35):
+        found.append(("unrelated", unrelated, int(random.integers(5, 401)), int(random.integers(2, 6)), index))
+    for index in range(15):
+        found.append(("correlated", correlated, int(random.integers(5, 41)), int(random.integers(2, 5)), index))
+    return found
+
+
+def highs(sizes: np.ndarray, losses: np.ndarray, budget: int, expected: float) -> float:
+    """Least loss within the budget; HiGHS's own answer is checked in integers before it is believed.
+
+    HiGHS cuts branches by absolute tolerances near 1e-6, so the objective is scaled to some thousands.
+    """
+    units, choices = sizes.shape
+    solver = highspy.Highs()
+    solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("mip_rel_gap", 0.0)
+    solver.setOptionValue("mip_abs_gap", 1e-12)
+    solver.setOptionValue("threads", 1)
+    scale = 1e4 / max(expected, 1e-9 * losses.max())
+    x = [[solver.addBinary(obj=losses[u, c] * scale) for c in range(choices)] for u in range(units)]
+    for row in x:
+        solver.addConstr(sum(row) == 1)
+    solver.addConstr(sum(int(sizes[u, c]) * x[u][c] for u in range(units) for c in range(choices)) <= int(budget))
+    solver.run()
+    assert solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    values = np.array(solver.getSolution().col_value).reshape(units, choices)
+    picked = values.argmax(1)
+    assert np.abs(values - np.eye(choices)[picked]).max() < 1e-5
+    rows = np.arange(units)
+    assert sizes[rows, picked].sum() <= budget
+    return losses[rows, picked].sum()
+
+
+def ours(sizes: np.ndarray, losses: np.ndarray, budget: int, folder) -> dict:
+    units = [
+        {"name": f"u{u}", "weights": 8, "choices": [
+            {"format": f"f{c}", "bytes": int(sizes[u, c]), "cost": float(losses[u, c])} for c in range(sizes.shape[1])]}
+        for u in range(sizes.shape[0])
+    ]  # fmt: skip
+    (folder / "costs.json").write_text(json.dumps({"schema": 1, "units": units}))
+    done = subprocess.run([PROGRAM, "allocate", "--costs", folder / "costs.json", "--bytes", str(budget), "--json", "-"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_there_are_a_hundred_problems_of_up_to_400_units():
+    assert len(cases()) == 100
+    assert max(units for _, _, units, _, _ in cases()) > 350
+
+
+@pytest.mark.parametrize("kind, make, units, choices, seed", cases())
+def test_equals_highs(kind, make, units, choices, seed, tmp_path):
+    random = np.random.default_rng([seed, units, choices])
+    sizes, losses = make(random, units, choices)
+    smallest, largest = sizes.min(1).sum(), sizes.max(1).sum()
+    budget = int(smallest + random.uniform(0.02, 0.9) * (largest - smallest))
+    found = ours(sizes, losses, budget, tmp_path)
+    picked = np.array([int(found["choices"][f"u{u}"][1:]) for u in range(units)])
+    rows = np.arange(units)
+    assert found["bytes"] == sizes[rows, picked].sum() <= budget
+    assert found["slack_bytes"] == budget - found["bytes"]
+    assert found["predicted_kl"] == pytest.approx(losses[rows, picked].sum(), rel=1e-12)
+    assert found["gap"] == 0 and found["lower_bound"] == found["predicted_kl"]
+    best = highs(sizes, losses, budget, found["predicted_kl"])
+    assert found["predicted_kl"] == pytest.approx(best, rel=1e-8)
+
+
+def test_infeasible_budget(tmp_path):
+    sizes, losses = np.array([[3, 5], [4, 9]]), np.array([[1.0, 0], [1.0, 0]])
+    (tmp_path / "costs.json").write_text(json.dumps({"schema": 1, "units": [
+        {"name": f"u{u}", "choices": [{"format": f"f{c}", "bytes": int(sizes[u, c]), "cost": losses[u, c]} for c in (0, 1)]}
+        for u in (0, 1)]}))  # fmt: skip
+    done = subprocess.run([PROGRAM, "allocate", "--costs", tmp_path / "costs.json", "--bytes", "6", "--json", "-"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert "7 bytes" in done.stderr and done.stderr.count("\n") == 1
