@@ -53,8 +53,8 @@ Result<TokenWindows> CutWindows(const std::vector<int32_t>& stream, int64_t toke
                                 const std::string& origin) {
   const auto available = static_cast<int64_t>(stream.size());
   if (available < std::min(tokens, length) || tokens < length) {
-    return Status::InvalidInput(
-        fmt::format("{}: {} tokens, expected at least one window of {}", origin, std::min(available, tokens), length));
+    return Status::InvalidInput(fmt::format("{}: {} tokens, expected at least one window of {}",
+                                            origin, std::min(available, tokens), length));
   }
   std::vector<std::vector<int32_t>> windows;
   for (int64_t begin = 0; begin + length <= std::min(tokens, available); begin += length) {
@@ -65,20 +65,23 @@ Result<TokenWindows> CutWindows(const std::vector<int32_t>& stream, int64_t toke
 
 }  // namespace
 
-Result<TokenWindows> SampleCalibration(const CalibrationOptions& options, const Tokenizer& tokenizer,
+Result<TokenWindows> SampleCalibration(const CalibrationOptions& options,
+                                       const Tokenizer& tokenizer,
                                        const std::filesystem::path& folder, int64_t vocab_size) {
   const std::string origin = options.file.string();
   PQ_ASSIGN_OR_RETURN(const TextSource source, TextSource::Read(options.file, folder, vocab_size));
   PQ_ASSIGN_OR_RETURN(const int32_t end_of_text, EndOfText(folder, tokenizer));
-  PQ_ASSIGN_OR_RETURN(const std::vector<int32_t> stream,
-                      TokenStream(source, 0, source.held_out_begin, tokenizer, end_of_text, origin));
+  PQ_ASSIGN_OR_RETURN(
+      const std::vector<int32_t> stream,
+      TokenStream(source, 0, source.held_out_begin, tokenizer, end_of_text, origin));
   const int64_t text_tokens = options.tokens - (tokenizer.bos() ? 1 : 0);
   const int64_t available = text_tokens > 0 ? static_cast<int64_t>(stream.size()) / text_tokens : 0;
   if (available < options.samples) {
-    return Status::InvalidInput(
-        fmt::format("{}: {} tokens outside its held-out last tenth, expected {} for {} samples of {}; lower --samples or "
-                    "--tokens or give more text",
-                    origin, stream.size(), options.samples * text_tokens, options.samples, options.tokens));
+    return Status::InvalidInput(fmt::format(
+        "{}: {} tokens outside its held-out last tenth, expected {} for {} samples of {}; lower "
+        "--samples or "
+        "--tokens or give more text",
+        origin, stream.size(), options.samples * text_tokens, options.samples, options.tokens));
   }
   std::vector<std::vector<int32_t>> windows;
   for (const int64_t index : DrawIndices(available, options.samples, options.seed)) {
@@ -90,29 +93,31 @@ Result<TokenWindows> SampleCalibration(const CalibrationOptions& options, const 
   for (const auto& window : windows) {
     for (const int32_t id : window) {
       if (id < vocab_size) continue;
-      return Status::InvalidInput(
-          fmt::format("{}: the tokenizer gives id {}, the model's vocabulary has {}", origin, id, vocab_size));
+      return Status::InvalidInput(fmt::format(
+          "{}: the tokenizer gives id {}, the model's vocabulary has {}", origin, id, vocab_size));
     }
   }
   return WithFingerprint(std::move(windows));
 }
 
-Result<TokenWindows> EvaluationWindows(const std::filesystem::path& file, const Tokenizer& tokenizer, int64_t tokens,
-                                       int64_t length) {
+Result<TokenWindows> EvaluationWindows(const std::filesystem::path& file,
+                                       const Tokenizer& tokenizer, int64_t tokens, int64_t length) {
   PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
   Result<std::vector<int32_t>> ids = tokenizer.Encode(text);
-  if (!ids.ok()) return Status::InvalidInput(fmt::format("{}: {}", file.string(), ids.status().message()));
+  if (!ids.ok())
+    return Status::InvalidInput(fmt::format("{}: {}", file.string(), ids.status().message()));
   return CutWindows(*ids, tokens, length, file.string());
 }
 
-Result<TokenWindows> HeldOutWindows(const std::filesystem::path& calibration_file, const Tokenizer& tokenizer,
-                                    const std::filesystem::path& folder, int64_t vocab_size, int64_t tokens,
-                                    int64_t length) {
-  PQ_ASSIGN_OR_RETURN(const TextSource source, TextSource::Read(calibration_file, folder, vocab_size));
+Result<TokenWindows> HeldOutWindows(const std::filesystem::path& calibration_file,
+                                    const Tokenizer& tokenizer, const std::filesystem::path& folder,
+                                    int64_t vocab_size, int64_t tokens, int64_t length) {
+  PQ_ASSIGN_OR_RETURN(const TextSource source,
+                      TextSource::Read(calibration_file, folder, vocab_size));
   PQ_ASSIGN_OR_RETURN(const int32_t end_of_text, EndOfText(folder, tokenizer));
   PQ_ASSIGN_OR_RETURN(const std::vector<int32_t> stream,
-                      TokenStream(source, source.held_out_begin, source.documents.size(), tokenizer, end_of_text,
-                                  calibration_file.string()));
+                      TokenStream(source, source.held_out_begin, source.documents.size(), tokenizer,
+                                  end_of_text, calibration_file.string()));
   return CutWindows(stream, tokens, length, calibration_file.string() + ", last tenth");
 }
 

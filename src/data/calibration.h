@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_DATA_CALIBRATION_H_
 #define PRISMAQUANT_DATA_CALIBRATION_H_
 
-// Calibration data: windows of T tokens taken deterministically from a text file. The last tenth of the file is never
-// sampled from, so that it can serve as held-out text.
+// Calibration data: windows of T tokens taken deterministically from a text file. The last tenth of
+// the file is never sampled from, so that it can serve as held-out text.
 
 #include <cstdint>
 #include <filesystem>
@@ -15,7 +15,8 @@
 namespace prismaquant {
 
 struct CalibrationOptions {
-  std::filesystem::path file;  // .txt (documents separated by blank lines) or .jsonl (text, messages or input_ids)
+  std::filesystem::path
+      file;  // .txt (documents separated by blank lines) or .jsonl (text, messages or input_ids)
   int64_t samples = 32;
   int64_t tokens = 512;  // per sample, BOS included
   uint64_t seed = 0;
@@ -26,24 +27,27 @@ struct TokenWindows {
   std::string fingerprint;                    // hex SHA-256 of all ids
 
   int64_t count() const { return static_cast<int64_t>(windows.size()); }
-  int64_t length() const { return windows.empty() ? 0 : static_cast<int64_t>(windows.front().size()); }
+  int64_t length() const {
+    return windows.empty() ? 0 : static_cast<int64_t>(windows.front().size());
+  }
 };
 
-// N windows drawn without overlap; each begins with BOS if the tokenizer's post-processor adds one. Too short a text is
-// kInvalidInput with the tokens found and needed. `folder` is the checkpoint (its chat template decides whether
-// `messages` can be rendered as ChatML). `vocab_size` bounds ids of input_ids records.
-Result<TokenWindows> SampleCalibration(const CalibrationOptions& options, const Tokenizer& tokenizer,
+// N windows drawn without overlap; each begins with BOS if the tokenizer's post-processor adds one.
+// Too short a text is kInvalidInput with the tokens found and needed. `folder` is the checkpoint
+// (its chat template decides whether `messages` can be rendered as ChatML). `vocab_size` bounds ids
+// of input_ids records.
+Result<TokenWindows> SampleCalibration(const CalibrationOptions& options,
+                                       const Tokenizer& tokenizer,
                                        const std::filesystem::path& folder, int64_t vocab_size);
 
-// The first `tokens` tokens of a text as consecutive windows of `length`, no BOS, whole windows only (at least one, else
-// kInvalidInput).
-Result<TokenWindows> EvaluationWindows(const std::filesystem::path& file, const Tokenizer& tokenizer,
-                                       int64_t tokens, int64_t length);
+// The first `tokens` tokens of a text as consecutive windows of `length`, no BOS, whole windows
+// only (at least one, else kInvalidInput).
+Result<TokenWindows> EvaluationWindows(const std::filesystem::path& file,
+                                       const Tokenizer& tokenizer, int64_t tokens, int64_t length);
 // The same, from the last tenth of a calibration file.
 Result<TokenWindows> HeldOutWindows(const std::filesystem::path& calibration_file,
-                                    const Tokenizer& tokenizer,
-                                    const std::filesystem::path& folder, int64_t vocab_size,
-                                    int64_t tokens, int64_t length);
+                                    const Tokenizer& tokenizer, const std::filesystem::path& folder,
+                                    int64_t vocab_size, int64_t tokens, int64_t length);
 
 }  // namespace prismaquant
 

@@ -14,7 +14,8 @@ namespace {
 constexpr char kRenderingHint[] =
     "records with \"messages\" need a ChatML chat template; turn them into input_ids first: "
     "tok = transformers.AutoTokenizer.from_pretrained(MODEL); "
-    "print(json.dumps({\"input_ids\": tok.apply_chat_template(record[\"messages\"], tokenize=True)})) per record";
+    "print(json.dumps({\"input_ids\": tok.apply_chat_template(record[\"messages\"], "
+    "tokenize=True)})) per record";
 
 Result<bool> HasChatMlTemplate(const std::filesystem::path& folder) {
   std::string text;
@@ -29,7 +30,8 @@ Result<bool> HasChatMlTemplate(const std::filesystem::path& folder) {
     PQ_ASSIGN_OR_RETURN(const Json config, ParseJson(contents, (folder / name).string()));
     if (config.contains("chat_template")) text += config["chat_template"].dump();
   }
-  return text.find("<|im_start|>") != std::string::npos && text.find("<|im_end|>") != std::string::npos;
+  return text.find("<|im_start|>") != std::string::npos &&
+         text.find("<|im_end|>") != std::string::npos;
 }
 
 // Cuts after each run of blank lines, so that the documents joined are the text again.
@@ -63,11 +65,13 @@ Result<std::string> RenderChatMl(const Json& messages, const std::string& where)
   return text;
 }
 
-Result<std::vector<int32_t>> ReadIds(const Json& list, int64_t vocab_size, const std::string& where) {
+Result<std::vector<int32_t>> ReadIds(const Json& list, int64_t vocab_size,
+                                     const std::string& where) {
   std::vector<int32_t> ids;
   for (const Json& id : list) {
     if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= vocab_size) {
-      return Status::InvalidInput(fmt::format("{}: input_ids hold {}, expected an id below {}", where, id.dump(), vocab_size));
+      return Status::InvalidInput(fmt::format("{}: input_ids hold {}, expected an id below {}",
+                                              where, id.dump(), vocab_size));
     }
     ids.push_back(id.get<int32_t>());
   }
@@ -76,7 +80,8 @@ Result<std::vector<int32_t>> ReadIds(const Json& list, int64_t vocab_size, const
 
 class JsonLinesReader {
  public:
-  JsonLinesReader(const std::filesystem::path& folder, int64_t vocab_size) : folder_(folder), vocab_size_(vocab_size) {}
+  JsonLinesReader(const std::filesystem::path& folder, int64_t vocab_size)
+      : folder_(folder), vocab_size_(vocab_size) {}
 
   Result<TextDocument> Record(const std::string& line, const std::string& where) {
     PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(line, where));
@@ -96,7 +101,8 @@ class JsonLinesReader {
       PQ_ASSIGN_OR_RETURN(std::string text, RenderChatMl(json["messages"], where));
       return TextDocument{std::move(text), true};
     }
-    return Status::InvalidInput(fmt::format("{}: expected a record with text, messages or input_ids", where));
+    return Status::InvalidInput(
+        fmt::format("{}: expected a record with text, messages or input_ids", where));
   }
 
  private:
@@ -112,14 +118,15 @@ size_t DocumentBytes(const TextDocument& document) {
 
 }  // namespace
 
-Result<TextSource> TextSource::Read(const std::filesystem::path& file, const std::filesystem::path& folder,
-                                    int64_t vocab_size) {
+Result<TextSource> TextSource::Read(const std::filesystem::path& file,
+                                    const std::filesystem::path& folder, int64_t vocab_size) {
   PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
   TextSource source;
   if (file.extension() != ".jsonl") {
     source.documents = SplitAtBlankLines(text);
     size_t bytes = 0;
-    while (source.held_out_begin < source.documents.size() && bytes < text.size() - text.size() / 10) {
+    while (source.held_out_begin < source.documents.size() &&
+           bytes < text.size() - text.size() / 10) {
       bytes += DocumentBytes(source.documents[source.held_out_begin++]);
     }
     return source;
@@ -131,7 +138,8 @@ Result<TextSource> TextSource::Read(const std::filesystem::path& file, const std
     const std::string line = text.substr(begin, newline - begin);
     begin = newline + 1;
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
-    PQ_ASSIGN_OR_RETURN(TextDocument document, reader.Record(line, fmt::format("{}: line {}", file.string(), number)));
+    PQ_ASSIGN_OR_RETURN(TextDocument document,
+                        reader.Record(line, fmt::format("{}: line {}", file.string(), number)));
     source.documents.push_back(std::move(document));
   }
   source.held_out_begin = source.documents.size() - source.documents.size() / 10;
@@ -149,7 +157,9 @@ Result<std::vector<int32_t>> TokenStream(const TextSource& source, size_t begin,
       continue;
     }
     Result<std::vector<int32_t>> ids = tokenizer.Encode(std::get<std::string>(document.content));
-    if (!ids.ok()) return Status::InvalidInput(fmt::format("{}: document {}: {}", origin, d + 1, ids.status().message()));
+    if (!ids.ok())
+      return Status::InvalidInput(
+          fmt::format("{}: document {}: {}", origin, d + 1, ids.status().message()));
     stream.insert(stream.end(), ids->begin(), ids->end());
     if (document.ends && end_of_text >= 0) stream.push_back(end_of_text);
   }

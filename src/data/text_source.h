@@ -1,8 +1,9 @@
 #ifndef PRISMAQUANT_DATA_TEXT_SOURCE_H_
 #define PRISMAQUANT_DATA_TEXT_SOURCE_H_
 
-// TextSource: the documents of a calibration file, in order, as text or as ready token ids. The last tenth (of the bytes of
-// a .txt file, cut between documents; of the records of a .jsonl file) is held out.
+// TextSource: the documents of a calibration file, in order, as text or as ready token ids. The
+// last tenth (of the bytes of a .txt file, cut between documents; of the records of a .jsonl file)
+// is held out.
 
 #include <cstdint>
 #include <filesystem>
@@ -25,11 +26,12 @@ struct TextSource {
   size_t held_out_begin = 0;  // index of the first held-out document
 
   // `folder` is the checkpoint, whose chat template decides about `messages` records.
-  static Result<TextSource> Read(const std::filesystem::path& file, const std::filesystem::path& folder,
-                                 int64_t vocab_size);
+  static Result<TextSource> Read(const std::filesystem::path& file,
+                                 const std::filesystem::path& folder, int64_t vocab_size);
 };
 
-// Ids of documents [begin, end) as one stream. `end_of_text` (if >= 0) is put after documents that end.
+// Ids of documents [begin, end) as one stream. `end_of_text` (if >= 0) is put after documents that
+// end.
 Result<std::vector<int32_t>> TokenStream(const TextSource& source, size_t begin, size_t end,
                                          const Tokenizer& tokenizer, int32_t end_of_text,
                                          const std::string& origin);

@@ -23,18 +23,20 @@ class ProbedLinear : public torch::autograd::Function<ProbedLinear> {
     const at::Tensor g = gradients[0].contiguous();
     const at::Tensor dx = at::matmul(g, weight);
     auto* observer = reinterpret_cast<LinearObserver*>(context->saved_data["observer"].toInt());
-    observer->Observe(static_cast<int>(context->saved_data["id"].toInt()), x.reshape({-1, x.size(-1)}),
-                      g.reshape({-1, g.size(-1)}), dx.reshape({-1, dx.size(-1)}));
+    observer->Observe(static_cast<int>(context->saved_data["id"].toInt()),
+                      x.reshape({-1, x.size(-1)}), g.reshape({-1, g.size(-1)}),
+                      dx.reshape({-1, dx.size(-1)}));
     return {dx, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor ApplyProbed(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int id,
-                       LinearObserver& observer) {
-  const at::Tensor y = ProbedLinear::apply(x, weight, static_cast<int64_t>(id),
-                                           static_cast<int64_t>(reinterpret_cast<intptr_t>(&observer)));
+at::Tensor ApplyProbed(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                       int id, LinearObserver& observer) {
+  const at::Tensor y =
+      ProbedLinear::apply(x, weight, static_cast<int64_t>(id),
+                          static_cast<int64_t>(reinterpret_cast<intptr_t>(&observer)));
   return bias.defined() ? y + bias : y;
 }
 

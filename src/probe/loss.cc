@@ -17,8 +17,10 @@ uint64_t SplitMix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// One token per row of log_probs [positions, vocabulary], by inversion of the cumulative distribution.
-at::Tensor SampleLabels(const at::Tensor& log_probs, int64_t first, int64_t sequence, uint64_t seed) {
+// One token per row of log_probs [positions, vocabulary], by inversion of the cumulative
+// distribution.
+at::Tensor SampleLabels(const at::Tensor& log_probs, int64_t first, int64_t sequence,
+                        uint64_t seed) {
   const int64_t positions = log_probs.size(0);
   at::Tensor uniform = at::empty({positions, 1}, at::kDouble);
   for (int64_t i = 0; i < positions; ++i) {

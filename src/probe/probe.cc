@@ -106,7 +106,8 @@ class ProbedRunner : public LinearRunner, public LinearObserver {
 
 class Probe {
  public:
-  Probe(const Model& model, const TokenWindows& windows, const ProbeOptions& options, RunStore& store)
+  Probe(const Model& model, const TokenWindows& windows, const ProbeOptions& options,
+        RunStore& store)
       : model_(model),
         windows_(windows),
         options_(options),
@@ -132,7 +133,8 @@ class Probe {
   Status EmbedInputs() {
     std::vector<at::Tensor> rows;
     for (const auto& window : windows_.windows) {
-      const at::Tensor ids = at::tensor(std::vector<int64_t>(window.begin(), window.end())).unsqueeze(0);
+      const at::Tensor ids =
+          at::tensor(std::vector<int64_t>(window.begin(), window.end())).unsqueeze(0);
       PQ_ASSIGN_OR_RETURN(at::Tensor embedded, model_.Embed(ids, options_.compute));
       rows.push_back(std::move(embedded));
     }
@@ -157,7 +159,8 @@ class Probe {
 
   Status ForwardLayer(int layer) {
     PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
-    PQ_ASSIGN_OR_RETURN(const LayerWeights weights, LayerWeights::Load(model_, layer, options_.compute));
+    PQ_ASSIGN_OR_RETURN(const LayerWeights weights,
+                        LayerWeights::Load(model_, layer, options_.compute));
     model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
     PQ_ASSIGN_OR_RETURN(const MappedTensor input, Hidden(layer));
     at::Tensor output = at::empty_like(input.tensor);
@@ -166,13 +169,15 @@ class Probe {
       output[n].copy_(RunLayer(*block, context_, input.tensor.narrow(0, n, 1), runner)[0]);
     }
     if (!output.isfinite().all().item<bool>()) {
-      return Status::InvalidInput(fmt::format("{}: the output of layer {} is not finite on the calibration text",
-                                              model_.checkpoint().folder().string(), layer));
+      return Status::InvalidInput(
+          fmt::format("{}: the output of layer {} is not finite on the calibration text",
+                      model_.checkpoint().folder().string(), layer));
     }
     PQ_RETURN_IF_ERROR(PutTensor(store_, HiddenBlob(layer + 1), output));
     std::vector<LinearStats> maxima;
     for (const LinearInfo& linear : model_.LayerLinears(layer)) {
-      maxima.push_back({.name = linear.name, .layer = layer, .input_amax = runner.maximum(linear.name)});
+      maxima.push_back(
+          {.name = linear.name, .layer = layer, .input_amax = runner.maximum(linear.name)});
     }
     return store_.Commit(kForward, layer, maxima);
   }
@@ -226,7 +231,8 @@ class Probe {
 
   Status BackwardLayer(int layer) {
     PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
-    PQ_ASSIGN_OR_RETURN(const LayerWeights weights, LayerWeights::Load(model_, layer, options_.compute));
+    PQ_ASSIGN_OR_RETURN(const LayerWeights weights,
+                        LayerWeights::Load(model_, layer, options_.compute));
     if (layer > 0) model_.checkpoint().WillNeed(model_.LayerTensors(layer - 1));
     std::map<std::string, at::Tensor> stored;
     for (const LinearInfo& linear : model_.LayerLinears(layer)) {

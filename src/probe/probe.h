@@ -1,12 +1,13 @@
 #ifndef PRISMAQUANT_PROBE_PROBE_H_
 #define PRISMAQUANT_PROBE_PROBE_H_
 
-// The probe: one forward and one backward pass over the calibration windows, layer by layer, that leaves in the run
-// store the statistics and costs of every Linear for every format. Memory holds one layer's weights and errors and one
-// sequence's activations; hidden states and gradients between layers lie in the store.
+// The probe: one forward and one backward pass over the calibration windows, layer by layer, that
+// leaves in the run store the statistics and costs of every Linear for every format. Memory holds
+// one layer's weights and errors and one sequence's activations; hidden states and gradients
+// between layers lie in the store.
 //
-// Stages, each committed per layer: "forward" (hidden states, largest inputs), "head" (loss and its gradient),
-// "backward" (statistics, from the last layer to the first). A finished stage is reused.
+// Stages, each committed per layer: "forward" (hidden states, largest inputs), "head" (loss and its
+// gradient), "backward" (statistics, from the last layer to the first). A finished stage is reused.
 
 #include <cstdint>
 #include <string>
@@ -30,7 +31,8 @@ struct ProbeOptions {
   ComputeOptions compute;
 };
 
-// Runs what the store does not hold yet. The store must be bound to this model, these windows and these options.
+// Runs what the store does not hold yet. The store must be bound to this model, these windows and
+// these options.
 Status RunProbe(const Model& model, const TokenWindows& windows, const ProbeOptions& options,
                 RunStore& store);
 
@@ -38,8 +40,8 @@ Status RunProbe(const Model& model, const TokenWindows& windows, const ProbeOpti
 int64_t LossTokens(const TokenWindows& windows, LabelRule labels);
 
 // Names of the probe's blobs in the store.
-std::string HiddenBlob(int64_t layer);        // [sequences, tokens, hidden], the input of `layer`
-std::string TokenWeightBlob(int64_t layer);   // per Linear of the layer, [sequences * tokens]
+std::string HiddenBlob(int64_t layer);       // [sequences, tokens, hidden], the input of `layer`
+std::string TokenWeightBlob(int64_t layer);  // per Linear of the layer, [sequences * tokens]
 
 }  // namespace prismaquant
 

@@ -14,7 +14,8 @@ double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
-const ActivationErrors::Entry& ActivationErrors::For(const at::Tensor& x, const SharedScales& scales,
+const ActivationErrors::Entry& ActivationErrors::For(const at::Tensor& x,
+                                                     const SharedScales& scales,
                                                      std::span<const Format* const> formats) {
   if (source_.defined() && source_.is_same(x)) return entry_;
   if (source_.defined() && source_.const_data_ptr() == x.const_data_ptr() &&
@@ -44,14 +45,17 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
   for (const Format* format : AllFormats()) {
     if (!format->Supports(linear.out, linear.in)) continue;
     formats_.push_back(format);
-    costs_.push_back({.linear = linear.name, .format = std::string(format->name()), .weight_mse = 0, .directional = {}});
+    costs_.push_back({.linear = linear.name,
+                      .format = std::string(format->name()),
+                      .weight_mse = 0,
+                      .directional = {}});
     if (format == &SourceFormat()) {
       weight_errors_.emplace_back();
       continue;
     }
-    const at::Tensor error = format->Decode(format->Encode(weight_f32, scales, linear.dtype)) - weight_f32;
-    costs_.back().weight_mse =
-        InnerProduct(error, error) / static_cast<double>(weight_f32.numel());
+    const at::Tensor error =
+        format->Decode(format->Encode(weight_f32, scales, linear.dtype)) - weight_f32;
+    costs_.back().weight_mse = InnerProduct(error, error) / static_cast<double>(weight_f32.numel());
     weight_errors_.push_back(error);
   }
 }
@@ -64,8 +68,7 @@ void LinearStatistics::AddSequence(const at::Tensor& x, const at::Tensor& g, con
   token_weights_.push_back(grad_squares);
   stats_.tokens += g.size(0);
   stats_.grad_square += grad_squares.sum(at::kDouble).item<double>();
-  stats_.fisher_trace +=
-      (grad_squares * input.x.square().sum(-1)).sum(at::kDouble).item<double>();
+  stats_.fisher_trace += (grad_squares * input.x.square().sum(-1)).sum(at::kDouble).item<double>();
   if (formats_.empty()) return;
 
   const at::Tensor weight_gradient = at::matmul(g_f32.t(), input.x);

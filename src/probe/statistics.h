@@ -1,13 +1,16 @@
 #ifndef PRISMAQUANT_PROBE_STATISTICS_H_
 #define PRISMAQUANT_PROBE_STATISTICS_H_
 
-// LinearStatistics: what one backward pass tells about one Linear, for every format at once (docs/cost-models.md).
+// LinearStatistics: what one backward pass tells about one Linear, for every format at once
+// (docs/cost-models.md).
 //
-// directional: per calibration sequence n and format f with weight error dW = W_f - W and activation error
+// directional: per calibration sequence n and format f with weight error dW = W_f - W and
+// activation error
 //   dx_f = Q_f(x) - x,   s_nf = < sum_t g_t x_t^T, dW > + sum_t < W^T g_t, dx_f >.
 // fisher-trace: sum_t |g_t|^2 |x_t|^2.
 //
-// All sums are in float64 over blocks that are summed in float32. One thread feeds it, sequence by sequence.
+// All sums are in float64 over blocks that are summed in float32. One thread feeds it, sequence by
+// sequence.
 
 #include <ATen/core/Tensor.h>
 
@@ -22,10 +25,12 @@
 
 namespace prismaquant {
 
-// The activation errors Q_f(x) - x of one stage input, shared by the Linears that read it. Keeps the last input.
+// The activation errors Q_f(x) - x of one stage input, shared by the Linears that read it. Keeps
+// the last input.
 class ActivationErrors {
  public:
-  // Float32 x [tokens, in], and one error per format (undefined if the format leaves activations alone).
+  // Float32 x [tokens, in], and one error per format (undefined if the format leaves activations
+  // alone).
   struct Entry {
     at::Tensor x;
     std::vector<at::Tensor> errors;

@@ -51,19 +51,21 @@ UnitCosts DescribeUnit(const std::vector<LinearInfo>& members, bool any_kernel) 
   return unit;
 }
 
-Result<const LinearCost*> FindCost(const CostTable& costs, const std::string& linear, const std::string& format) {
+Result<const LinearCost*> FindCost(const CostTable& costs, const std::string& linear,
+                                   const std::string& format) {
   const auto row = costs.find(linear);
   if (row != costs.end()) {
     const auto cell = row->second.find(format);
     if (cell != row->second.end()) return &cell->second;
   }
   return Status::InvalidInput(
-      fmt::format("the run store has no cost of {} for {}; run `prismaquant probe` to its end", format, linear));
+      fmt::format("the run store has no cost of {} for {}; run `prismaquant probe` to its end",
+                  format, linear));
 }
 
 // Half the mean square of the members' summed s_n.
-Result<double> DirectionalLoss(const CostTable& costs, const std::map<std::string, std::string>& choices,
-                               int64_t tokens) {
+Result<double> DirectionalLoss(const CostTable& costs,
+                               const std::map<std::string, std::string>& choices, int64_t tokens) {
   std::vector<double> sums;
   for (const auto& [linear, format] : choices) {
     PQ_ASSIGN_OR_RETURN(const LinearCost* cost, FindCost(costs, linear, format));
@@ -116,7 +118,8 @@ Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& stor
   return units;
 }
 
-Result<double> JointLoss(RunStore& store, int64_t tokens, const std::map<std::string, std::string>& choices) {
+Result<double> JointLoss(RunStore& store, int64_t tokens,
+                         const std::map<std::string, std::string>& choices) {
   PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
   return DirectionalLoss(costs, choices, tokens);
 }
@@ -140,11 +143,13 @@ Result<Json> ProbeToJson(const Model& model, RunStore& store, int64_t tokens) {
     const auto row = costs.find(linear.name);
     if (row == costs.end()) continue;
     for (const auto& [format, cost] : row->second) {
-      PQ_ASSIGN_OR_RETURN(const double directional, DirectionalLoss(costs, {{linear.name, format}}, tokens));
-      entry["costs"][format] = {{"directional", directional},
-                                {"fisher_trace", FisherTraceLoss(found->second, cost, tokens)},
-                                {"weight_mse", cost.weight_mse},
-                                {"bytes", FindFormat(format)->Bytes(linear.out, linear.in, linear.dtype)}};
+      PQ_ASSIGN_OR_RETURN(const double directional,
+                          DirectionalLoss(costs, {{linear.name, format}}, tokens));
+      entry["costs"][format] = {
+          {"directional", directional},
+          {"fisher_trace", FisherTraceLoss(found->second, cost, tokens)},
+          {"weight_mse", cost.weight_mse},
+          {"bytes", FindFormat(format)->Bytes(linear.out, linear.in, linear.dtype)}};
     }
   }
   return json;

@@ -10,13 +10,15 @@ namespace {
 
 Status SqliteError(sqlite3* database, const std::string& doing) {
   const char* file = sqlite3_db_filename(database, "main");
-  return Status::System(
-      fmt::format("{}: {}: {}", file == nullptr ? "run store" : file, doing, sqlite3_errmsg(database)));
+  return Status::System(fmt::format("{}: {}: {}", file == nullptr ? "run store" : file, doing,
+                                    sqlite3_errmsg(database)));
 }
 
 }  // namespace
 
-void Statement::Finalizer::operator()(sqlite3_stmt* statement) const { sqlite3_finalize(statement); }
+void Statement::Finalizer::operator()(sqlite3_stmt* statement) const {
+  sqlite3_finalize(statement);
+}
 
 void Statement::Note(int code) {
   if (code != SQLITE_OK && error_ == SQLITE_OK) error_ = code;

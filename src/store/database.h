@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_STORE_DATABASE_H_
 #define PRISMAQUANT_STORE_DATABASE_H_
 
-// Database: the few SQLite calls that the run store needs, with Status instead of result codes. A Database and its
-// Statements belong to one thread. A Statement must not outlive its Database.
+// Database: the few SQLite calls that the run store needs, with Status instead of result codes. A
+// Database and its Statements belong to one thread. A Statement must not outlive its Database.
 
 #include <cstddef>
 #include <cstdint>

@@ -37,8 +37,9 @@ Status CheckSchemaVersion(Database& database, const std::filesystem::path& folde
   PQ_ASSIGN_OR_RETURN(const bool row, read.Step());
   const int64_t version = row ? read.Int(0) : 0;
   if (version != 0 && version != kSchemaVersion) {
-    return Status::InvalidInput(fmt::format("{}: run store of schema {}, expected {}; use another --work folder",
-                                            folder.string(), version, kSchemaVersion));
+    return Status::InvalidInput(
+        fmt::format("{}: run store of schema {}, expected {}; use another --work folder",
+                    folder.string(), version, kSchemaVersion));
   }
   return {};
 }
@@ -54,8 +55,8 @@ class RunStore::Lock {
     }
     std::shared_ptr<Lock> lock(new Lock(descriptor));
     if (::flock(descriptor, LOCK_EX | LOCK_NB) != 0) {
-      return Status::InvalidInput(
-          fmt::format("{}: the run store is in use by another process", path.parent_path().string()));
+      return Status::InvalidInput(fmt::format("{}: the run store is in use by another process",
+                                              path.parent_path().string()));
     }
     return lock;
   }
@@ -70,15 +71,20 @@ class RunStore::Lock {
 
 RunStore::RunStore(FileSystem& fs, std::filesystem::path folder, std::shared_ptr<Lock> lock,
                    Database database)
-    : fs_(&fs), folder_(std::move(folder)), lock_(std::move(lock)), database_(std::move(database)) {}
+    : fs_(&fs),
+      folder_(std::move(folder)),
+      lock_(std::move(lock)),
+      database_(std::move(database)) {}
 
 Result<RunStore> RunStore::Open(FileSystem& fs, const std::filesystem::path& folder) {
   std::error_code error;
-  if (std::filesystem::exists(folder, error) && !std::filesystem::exists(folder / kDatabaseName, error) &&
-      !std::filesystem::is_empty(folder, error) && !std::filesystem::exists(folder / "lock", error)) {
-    return Status::InvalidInput(fmt::format(
-        "{}: not a run store (no {}) and not empty; --work needs a folder of its own", folder.string(),
-        kDatabaseName));
+  if (std::filesystem::exists(folder, error) &&
+      !std::filesystem::exists(folder / kDatabaseName, error) &&
+      !std::filesystem::is_empty(folder, error) &&
+      !std::filesystem::exists(folder / "lock", error)) {
+    return Status::InvalidInput(
+        fmt::format("{}: not a run store (no {}) and not empty; --work needs a folder of its own",
+                    folder.string(), kDatabaseName));
   }
   PQ_RETURN_IF_ERROR(fs.CreateDirectories(folder));
   PQ_ASSIGN_OR_RETURN(std::shared_ptr<Lock> lock, Lock::Take(folder / "lock"));
@@ -93,7 +99,8 @@ Result<RunStore> RunStore::OpenExisting(FileSystem& fs, const std::filesystem::p
   std::error_code error;
   if (!std::filesystem::exists(folder / kDatabaseName, error)) {
     return Status::InvalidInput(
-        fmt::format("{}: no run store here (no {}); run `prismaquant probe` first", folder.string(), kDatabaseName));
+        fmt::format("{}: no run store here (no {}); run `prismaquant probe` first", folder.string(),
+                    kDatabaseName));
   }
   return Open(fs, folder);
 }
@@ -113,36 +120,43 @@ Status RunStore::Bind(const std::map<std::string, std::string>& identity) {
   if (stored.empty()) {
     return database_.Transaction([&]() -> Status {
       for (const auto& [key, value] : identity) {
-        PQ_ASSIGN_OR_RETURN(Statement insert, database_.Prepare("INSERT INTO identity VALUES (?, ?)"));
+        PQ_ASSIGN_OR_RETURN(Statement insert,
+                            database_.Prepare("INSERT INTO identity VALUES (?, ?)"));
         insert.Bind(key).Bind(value);
         PQ_RETURN_IF_ERROR(RunToEnd(insert));
       }
       return {};
     });
   }
+  std::string differences;
   for (const auto& [key, value] : identity) {
     const auto found = stored.find(key);
-    if (found == stored.end() || found->second != value) {
-      return Status::InvalidInput(fmt::format(
-          "{}: the run store was made with {} = {}, this run has {}; use another --work folder", folder_.string(),
-          key, found == stored.end() ? "(none)" : found->second, value));
-    }
+    const std::string before = found == stored.end() ? "(none)" : found->second;
+    if (before == value) continue;
+    differences += fmt::format("{}{} {} (this run: {})", differences.empty() ? "" : ", ", key,
+                               before.substr(0, 16), value.substr(0, 16));
   }
-  return {};
+  if (differences.empty()) return {};
+  return Status::InvalidInput(
+      fmt::format("{}: the run store was made with {}; use another --work folder", folder_.string(),
+                  differences));
 }
 
 Result<bool> RunStore::IsDone(const std::string& stage, int64_t layer) {
-  PQ_ASSIGN_OR_RETURN(Statement read, database_.Prepare("SELECT 1 FROM done WHERE stage = ? AND layer = ?"));
+  PQ_ASSIGN_OR_RETURN(Statement read,
+                      database_.Prepare("SELECT 1 FROM done WHERE stage = ? AND layer = ?"));
   read.Bind(stage).Bind(layer);
   return read.Step();
 }
 
-Status RunStore::Commit(const std::string& stage, int64_t layer, const std::vector<LinearStats>& stats,
+Status RunStore::Commit(const std::string& stage, int64_t layer,
+                        const std::vector<LinearStats>& stats,
                         const std::vector<LinearCost>& costs) {
   return database_.Transaction([&]() -> Status {
     for (const LinearStats& s : stats) {
-      PQ_ASSIGN_OR_RETURN(Statement insert,
-                          database_.Prepare("INSERT OR REPLACE INTO linear VALUES (?, ?, ?, ?, ?, ?, ?)"));
+      PQ_ASSIGN_OR_RETURN(
+          Statement insert,
+          database_.Prepare("INSERT OR REPLACE INTO linear VALUES (?, ?, ?, ?, ?, ?, ?)"));
       insert.Bind(s.name).Bind(s.layer).Bind(s.weight_amax).Bind(s.input_amax).Bind(s.fisher_trace);
       insert.Bind(s.grad_square).Bind(s.tokens);
       PQ_RETURN_IF_ERROR(RunToEnd(insert));
@@ -150,10 +164,14 @@ Status RunStore::Commit(const std::string& stage, int64_t layer, const std::vect
     for (const LinearCost& c : costs) {
       PQ_ASSIGN_OR_RETURN(Statement insert,
                           database_.Prepare("INSERT OR REPLACE INTO cost VALUES (?, ?, ?, ?)"));
-      insert.Bind(c.linear).Bind(c.format).Bind(c.weight_mse).Bind(std::span<const double>(c.directional));
+      insert.Bind(c.linear)
+          .Bind(c.format)
+          .Bind(c.weight_mse)
+          .Bind(std::span<const double>(c.directional));
       PQ_RETURN_IF_ERROR(RunToEnd(insert));
     }
-    PQ_ASSIGN_OR_RETURN(Statement mark, database_.Prepare("INSERT OR REPLACE INTO done VALUES (?, ?)"));
+    PQ_ASSIGN_OR_RETURN(Statement mark,
+                        database_.Prepare("INSERT OR REPLACE INTO done VALUES (?, ?)"));
     mark.Bind(stage).Bind(layer);
     return RunToEnd(mark);
   });
@@ -166,9 +184,10 @@ Status RunStore::Forget(const std::string& stage) {
 }
 
 Result<std::vector<LinearStats>> RunStore::Stats() {
-  PQ_ASSIGN_OR_RETURN(Statement read,
-                      database_.Prepare("SELECT name, layer, weight_amax, input_amax, fisher_trace, grad_square, "
-                                        "tokens FROM linear ORDER BY layer, rowid"));
+  PQ_ASSIGN_OR_RETURN(
+      Statement read,
+      database_.Prepare("SELECT name, layer, weight_amax, input_amax, fisher_trace, grad_square, "
+                        "tokens FROM linear ORDER BY layer, rowid"));
   std::vector<LinearStats> stats;
   while (true) {
     PQ_ASSIGN_OR_RETURN(const bool row, read.Step());
@@ -184,8 +203,9 @@ Result<std::vector<LinearStats>> RunStore::Stats() {
 }
 
 Result<std::map<std::string, std::map<std::string, LinearCost>>> RunStore::Costs() {
-  PQ_ASSIGN_OR_RETURN(Statement read,
-                      database_.Prepare("SELECT linear, format, weight_mse, directional FROM cost"));
+  PQ_ASSIGN_OR_RETURN(
+      Statement read,
+      database_.Prepare("SELECT linear, format, weight_mse, directional FROM cost"));
   std::map<std::string, std::map<std::string, LinearCost>> costs;
   while (true) {
     PQ_ASSIGN_OR_RETURN(const bool row, read.Step());
@@ -199,7 +219,8 @@ Result<std::map<std::string, std::map<std::string, LinearCost>>> RunStore::Costs
 }
 
 Status RunStore::PutNote(const std::string& key, const std::string& text) {
-  PQ_ASSIGN_OR_RETURN(Statement insert, database_.Prepare("INSERT OR REPLACE INTO note VALUES (?, ?)"));
+  PQ_ASSIGN_OR_RETURN(Statement insert,
+                      database_.Prepare("INSERT OR REPLACE INTO note VALUES (?, ?)"));
   insert.Bind(key).Bind(text);
   return RunToEnd(insert);
 }
@@ -222,7 +243,8 @@ Status RunStore::PutBlob(const std::string& name, const std::vector<BlobTensor>&
   PQ_RETURN_IF_ERROR(fs_->CreateDirectories(path.parent_path()));
   std::vector<TensorSpec> specs;
   for (const BlobTensor& tensor : tensors) specs.push_back(tensor.spec);
-  PQ_ASSIGN_OR_RETURN(SafetensorsWriter writer, SafetensorsWriter::Create(*fs_, partial, specs, {}));
+  PQ_ASSIGN_OR_RETURN(SafetensorsWriter writer,
+                      SafetensorsWriter::Create(*fs_, partial, specs, {}));
   for (const BlobTensor& tensor : tensors) PQ_RETURN_IF_ERROR(writer.Append(tensor.bytes));
   PQ_RETURN_IF_ERROR(writer.Close());
   PQ_RETURN_IF_ERROR(fs_->Rename(partial, path));

@@ -1,14 +1,14 @@
 #ifndef PRISMAQUANT_STORE_RUN_STORE_H_
 #define PRISMAQUANT_STORE_RUN_STORE_H_
 
-// RunStore: the folder of one run (docs/run-store.md). An SQLite database says what is finished and holds the
-// statistics; tensors lie beside it as safetensors blobs. A unit of work (stage, layer) first writes its blobs, each
-// under a temporary name that is renamed when it is complete, and then commits its rows and its completion mark in one
-// transaction. So after a kill at any moment a stage is either done with all its data or not done, and repeating it
-// gives the same bytes.
+// RunStore: the folder of one run (docs/run-store.md). An SQLite database says what is finished and
+// holds the statistics; tensors lie beside it as safetensors blobs. A unit of work (stage, layer)
+// first writes its blobs, each under a temporary name that is renamed when it is complete, and then
+// commits its rows and its completion mark in one transaction. So after a kill at any moment a
+// stage is either done with all its data or not done, and repeating it gives the same bytes.
 //
-// A store belongs to one identity (source, calibration, seed, ...); another one is refused. The folder is locked while
-// the object lives. One thread.
+// A store belongs to one identity (source, calibration, seed, ...); another one is refused. The
+// folder is locked while the object lives. One thread.
 
 #include <cstdint>
 #include <filesystem>
@@ -39,7 +39,7 @@ struct LinearStats {
 struct LinearCost {
   std::string linear;
   std::string format;
-  double weight_mse = 0;          // mean of (W_f - W)^2
+  double weight_mse = 0;            // mean of (W_f - W)^2
   std::vector<double> directional;  // s_nf, one per calibration sequence
 };
 
@@ -50,12 +50,14 @@ struct BlobTensor {
 
 class RunStore {
  public:
-  // Opens or creates the folder. A folder in use by another process, or one that holds other files, is kInvalidInput.
+  // Opens or creates the folder. A folder in use by another process, or one that holds other files,
+  // is kInvalidInput.
   static Result<RunStore> Open(FileSystem& fs, const std::filesystem::path& folder);
   // Opens an existing store; kInvalidInput if there is none.
   static Result<RunStore> OpenExisting(FileSystem& fs, const std::filesystem::path& folder);
 
-  // Records the identity of the run, or refuses a store made by another one, naming the first key that differs.
+  // Records the identity of the run, or refuses a store made by another one, naming the keys that
+  // differ.
   Status Bind(const std::map<std::string, std::string>& identity);
   Result<std::map<std::string, std::string>> Identity();
 
@@ -84,7 +86,8 @@ class RunStore {
 
  private:
   class Lock;
-  RunStore(FileSystem& fs, std::filesystem::path folder, std::shared_ptr<Lock> lock, Database database);
+  RunStore(FileSystem& fs, std::filesystem::path folder, std::shared_ptr<Lock> lock,
+           Database database);
   std::filesystem::path BlobPath(const std::string& name) const;
 
   FileSystem* fs_;

@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_TOKENIZER_ADDED_TOKENS_H_
 #define PRISMAQUANT_TOKENIZER_ADDED_TOKENS_H_
 
-// AddedTokens: tokens that are cut out of a text before anything else sees it, the leftmost first and the longest of
-// those that begin at one place. Immutable after it is filled and thread-safe.
+// AddedTokens: tokens that are cut out of a text before anything else sees it, the leftmost first
+// and the longest of those that begin at one place. Immutable after it is filled and thread-safe.
 
 #include <cstdint>
 #include <map>

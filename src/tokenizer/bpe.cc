@@ -15,7 +15,8 @@ std::vector<std::string> MakeByteAlphabet() {
   std::vector<std::string> alphabet(256);
   int next = 256;
   for (int byte = 0; byte < 256; ++byte) {
-    const bool printable = (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
+    const bool printable =
+        (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
     const int code = printable ? byte : next++;
     std::string& letter = alphabet[static_cast<size_t>(byte)];
     if (code < 0x80) {
@@ -28,8 +29,10 @@ std::vector<std::string> MakeByteAlphabet() {
 }
 
 Status RequireUnset(const Json& model, const char* key, const std::string& origin) {
-  if (!model.contains(key) || model[key].is_null() || model[key] == false || model[key] == "") return {};
-  return Status::InvalidInput(fmt::format("{}: model.{} = {} is not supported", origin, key, model[key].dump()));
+  if (!model.contains(key) || model[key].is_null() || model[key] == false || model[key] == "")
+    return {};
+  return Status::InvalidInput(
+      fmt::format("{}: model.{} = {} is not supported", origin, key, model[key].dump()));
 }
 
 }  // namespace
@@ -43,15 +46,18 @@ Result<Bpe> Bpe::Parse(const Json& model, const std::string& origin) {
   if (!model.is_object() || model.value("type", "BPE") != "BPE") {
     return Status::InvalidInput(fmt::format("{}: model is not BPE", origin));
   }
-  for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}) {
+  for (const char* key :
+       {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}) {
     PQ_RETURN_IF_ERROR(RequireUnset(model, key, origin));
   }
   Bpe bpe;
   bpe.ignore_merges_ = model.value("ignore_merges", false);
   PQ_RETURN_IF_ERROR(bpe.ParseVocabulary(model, origin));
   PQ_RETURN_IF_ERROR(bpe.ParseMerges(model, origin));
-  for (const std::string& letter : ByteAlphabet()) bpe.byte_ids_.push_back(bpe.Id(letter).value_or(-1));
-  const bool complete = std::find(bpe.byte_ids_.begin(), bpe.byte_ids_.end(), -1) == bpe.byte_ids_.end();
+  for (const std::string& letter : ByteAlphabet())
+    bpe.byte_ids_.push_back(bpe.Id(letter).value_or(-1));
+  const bool complete =
+      std::find(bpe.byte_ids_.begin(), bpe.byte_ids_.end(), -1) == bpe.byte_ids_.end();
   if (!complete) PQ_RETURN_IF_ERROR(RequireUnset(model, "unk_token", origin));
   return bpe;
 }
@@ -63,11 +69,13 @@ Status Bpe::ParseVocabulary(const Json& model, const std::string& origin) {
   std::vector<char> seen;
   for (const auto& [token, id] : model["vocab"].items()) {
     if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= kLargestId) {
-      return Status::InvalidInput(fmt::format("{}: the id of token \"{}\" is {}", origin, token, id.dump()));
+      return Status::InvalidInput(
+          fmt::format("{}: the id of token \"{}\" is {}", origin, token, id.dump()));
     }
     const auto value = static_cast<size_t>(id.get<int64_t>());
     if (value >= seen.size()) seen.resize(value + 1, 0);
-    if (seen[value] != 0) return Status::InvalidInput(fmt::format("{}: id {} is given to two tokens", origin, value));
+    if (seen[value] != 0)
+      return Status::InvalidInput(fmt::format("{}: id {} is given to two tokens", origin, value));
     seen[value] = 1;
     vocabulary_[token] = static_cast<int32_t>(value);
   }
@@ -87,13 +95,15 @@ Status Bpe::ParseMerges(const Json& model, const std::string& origin) {
       const size_t space = text.find(' ');
       left = text.substr(0, space);
       right = space == std::string::npos ? "" : text.substr(space + 1);
-    } else if (entry.is_array() && entry.size() == 2 && entry[0].is_string() && entry[1].is_string()) {
+    } else if (entry.is_array() && entry.size() == 2 && entry[0].is_string() &&
+               entry[1].is_string()) {
       left = entry[0].get<std::string>();
       right = entry[1].get<std::string>();
     }
     const auto left_id = Id(left), right_id = Id(right), result = Id(left + right);
     if (!left_id || !right_id || !result) {
-      return Status::InvalidInput(fmt::format("{}: merge {} names a token that the vocabulary lacks", origin, entry.dump()));
+      return Status::InvalidInput(fmt::format(
+          "{}: merge {} names a token that the vocabulary lacks", origin, entry.dump()));
     }
     merges_[Pair(*left_id, *right_id)] = {rank++, *result};
   }
@@ -137,7 +147,8 @@ void Bpe::MergeSymbols(std::vector<int32_t>& symbols) const {
     const int32_t after = next[position];
     if (position < 0 || after >= n) return;
     const auto merge = merges_.find(Pair(symbols[position], symbols[after]));
-    if (merge != merges_.end()) queue.push({merge->second.rank, position, symbols[position], symbols[after]});
+    if (merge != merges_.end())
+      queue.push({merge->second.rank, position, symbols[position], symbols[after]});
   };
   for (int32_t i = 0; i < n; ++i) {
     previous[i] = i - 1;
@@ -148,7 +159,8 @@ void Bpe::MergeSymbols(std::vector<int32_t>& symbols) const {
     const Candidate best = queue.top();
     queue.pop();
     const int32_t left = best.position;
-    if (symbols[left] != best.left || next[left] >= n || symbols[next[left]] != best.right) continue;
+    if (symbols[left] != best.left || next[left] >= n || symbols[next[left]] != best.right)
+      continue;
     const int32_t right = next[left];
     symbols[left] = merges_.at(Pair(best.left, best.right)).result;
     symbols[right] = -1;

@@ -1,8 +1,9 @@
 #ifndef PRISMAQUANT_TOKENIZER_BPE_H_
 #define PRISMAQUANT_TOKENIZER_BPE_H_
 
-// Bpe: byte-level byte-pair encoding of one pre-token: bytes become the 256 letters of the byte alphabet, and adjacent
-// symbols are merged by rank, the leftmost of equals first, in O(n log n). Immutable after Parse and thread-safe.
+// Bpe: byte-level byte-pair encoding of one pre-token: bytes become the 256 letters of the byte
+// alphabet, and adjacent symbols are merged by rank, the leftmost of equals first, in O(n log n).
+// Immutable after Parse and thread-safe.
 
 #include <cstdint>
 #include <optional>

@@ -26,7 +26,8 @@ struct Part {
 };
 
 // Matches and what lies between them, covering the piece.
-std::vector<Part> Cover(const std::vector<std::pair<size_t, size_t>>& matches, size_t size, bool invert) {
+std::vector<Part> Cover(const std::vector<std::pair<size_t, size_t>>& matches, size_t size,
+                        bool invert) {
   std::vector<Part> parts;
   size_t position = 0;
   for (const auto& [begin, end] : matches) {
@@ -44,7 +45,8 @@ Result<PreTokenizer> PreTokenizer::Parse(const Json& json, const std::string& or
   PreTokenizer pre;
   PQ_RETURN_IF_ERROR(pre.Add(json, origin));
   if (!pre.byte_level_) {
-    return Status::InvalidInput(fmt::format("{}: pre_tokenizer has no ByteLevel step; only byte-level BPE is supported", origin));
+    return Status::InvalidInput(fmt::format(
+        "{}: pre_tokenizer has no ByteLevel step; only byte-level BPE is supported", origin));
   }
   return pre;
 }
@@ -56,7 +58,8 @@ Status PreTokenizer::Add(const Json& json, const std::string& origin) {
     return {};
   }
   if (byte_level_) {
-    return Status::InvalidInput(fmt::format("{}: pre_tokenizer {} after ByteLevel is not supported", origin, type));
+    return Status::InvalidInput(
+        fmt::format("{}: pre_tokenizer {} after ByteLevel is not supported", origin, type));
   }
   if (type == "Split") return AddSplit(json, origin);
   if (type == "Digits") {
@@ -67,7 +70,8 @@ Status PreTokenizer::Add(const Json& json, const std::string& origin) {
   }
   if (type == "ByteLevel") {
     if (json.value("add_prefix_space", true)) {
-      return Status::InvalidInput(fmt::format("{}: ByteLevel with add_prefix_space is not supported", origin));
+      return Status::InvalidInput(
+          fmt::format("{}: ByteLevel with add_prefix_space is not supported", origin));
     }
     byte_level_ = true;
     if (!json.value("use_regex", true)) return {};
@@ -102,10 +106,12 @@ Status PreTokenizer::AddSplit(const Json& json, const std::string& origin) {
     steps_.push_back({std::move(regex), behavior, json.value("invert", false)});
     return {};
   }
-  return Status::InvalidInput(fmt::format("{}: Split behavior \"{}\" is not supported", origin, name));
+  return Status::InvalidInput(
+      fmt::format("{}: Split behavior \"{}\" is not supported", origin, name));
 }
 
-void PreTokenizer::SplitPiece(const Step& step, std::string_view piece, std::vector<std::string_view>& pieces) {
+void PreTokenizer::SplitPiece(const Step& step, std::string_view piece,
+                              std::vector<std::string_view>& pieces) {
   std::vector<Part> merged;
   bool previous_match = false;
   const std::vector<Part> parts = Cover(step.regex.FindAll(piece), piece.size(), step.invert);

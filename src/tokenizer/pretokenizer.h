@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_TOKENIZER_PRETOKENIZER_H_
 #define PRISMAQUANT_TOKENIZER_PRETOKENIZER_H_
 
-// PreTokenizer: cuts normalised text into the pieces that BPE encodes one by one, by the steps of a tokenizer.json
-// (Split, Digits, ByteLevel, Sequence). Immutable after Parse and thread-safe.
+// PreTokenizer: cuts normalised text into the pieces that BPE encodes one by one, by the steps of a
+// tokenizer.json (Split, Digits, ByteLevel, Sequence). Immutable after Parse and thread-safe.
 
 #include <string>
 #include <string_view>
@@ -30,7 +30,8 @@ class PreTokenizer {
   };
   Status Add(const Json& json, const std::string& origin);
   Status AddSplit(const Json& json, const std::string& origin);
-  static void SplitPiece(const Step& step, std::string_view piece, std::vector<std::string_view>& pieces);
+  static void SplitPiece(const Step& step, std::string_view piece,
+                         std::vector<std::string_view>& pieces);
 
   std::vector<Step> steps_;
   bool byte_level_ = false;

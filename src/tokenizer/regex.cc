@@ -23,7 +23,8 @@ Result<std::string> SpellOutWhiteSpace(const std::string& pattern, const std::st
       if (escaped == 's') {
         result += in_class ? std::string(kWhiteSpace) : fmt::format("[{}]", kWhiteSpace);
       } else if (escaped == 'S' && in_class) {
-        return Status::InvalidInput(fmt::format("{}: pattern \"{}\" has \\S inside a class, which is not supported", origin, pattern));
+        return Status::InvalidInput(fmt::format(
+            "{}: pattern \"{}\" has \\S inside a class, which is not supported", origin, pattern));
       } else if (escaped == 'S') {
         result += fmt::format("[^{}]", kWhiteSpace);
       } else {
@@ -58,8 +59,9 @@ Result<Regex> Regex::Compile(const std::string& pattern, const std::string& orig
   PQ_ASSIGN_OR_RETURN(const std::string spelled, SpellOutWhiteSpace(pattern, origin));
   int error = 0;
   PCRE2_SIZE offset = 0;
-  pcre2_code* handle = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(spelled.data()), spelled.size(),
-                                     PCRE2_UTF | PCRE2_UCP | PCRE2_NO_UTF_CHECK, &error, &offset, nullptr);
+  pcre2_code* handle =
+      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(spelled.data()), spelled.size(),
+                    PCRE2_UTF | PCRE2_UCP | PCRE2_NO_UTF_CHECK, &error, &offset, nullptr);
   if (handle == nullptr) {
     std::array<PCRE2_UCHAR, 256> message{};
     pcre2_get_error_message(error, message.data(), message.size());
@@ -76,8 +78,8 @@ std::vector<std::pair<size_t, size_t>> Regex::FindAll(std::string_view text) con
   const PCRE2_SIZE* ends = pcre2_get_ovector_pointer(data);
   size_t position = 0;
   while (position < text.size()) {
-    const int found = pcre2_match(code_->handle, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), position,
-                                  PCRE2_NO_UTF_CHECK, data, nullptr);
+    const int found = pcre2_match(code_->handle, reinterpret_cast<PCRE2_SPTR>(text.data()),
+                                  text.size(), position, PCRE2_NO_UTF_CHECK, data, nullptr);
     if (found < 0) break;
     if (ends[1] > ends[0]) {
       matches.emplace_back(ends[0], ends[1]);
@@ -85,7 +87,8 @@ std::vector<std::pair<size_t, size_t>> Regex::FindAll(std::string_view text) con
       continue;
     }
     position = ends[1] + 1;
-    while (position < text.size() && (static_cast<unsigned char>(text[position]) & 0xc0) == 0x80) ++position;
+    while (position < text.size() && (static_cast<unsigned char>(text[position]) & 0xc0) == 0x80)
+      ++position;
   }
   pcre2_match_data_free(data);
   return matches;

@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_TOKENIZER_REGEX_H_
 #define PRISMAQUANT_TOKENIZER_REGEX_H_
 
-// Regex: a pattern of a tokenizer.json over UTF-8 text, compiled by PCRE2 so that it matches as the Oniguruma engine of
-// the `tokenizers` library does. Immutable after Compile and thread-safe.
+// Regex: a pattern of a tokenizer.json over UTF-8 text, compiled by PCRE2 so that it matches as the
+// Oniguruma engine of the `tokenizers` library does. Immutable after Compile and thread-safe.
 
 #include <cstddef>
 #include <memory>
@@ -22,7 +22,8 @@ class Regex {
   Regex& operator=(Regex&&) noexcept;
   ~Regex();
 
-  // Non-overlapping, non-empty matches from left to right as [begin, end) byte offsets. `text` is valid UTF-8.
+  // Non-overlapping, non-empty matches from left to right as [begin, end) byte offsets. `text` is
+  // valid UTF-8.
   std::vector<std::pair<size_t, size_t>> FindAll(std::string_view text) const;
 
  private:

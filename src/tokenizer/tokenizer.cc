@@ -25,16 +25,19 @@ Status CheckUtf8(std::string_view text) {
   size_t position = 0;
   while (position < text.size()) {
     utf8proc_int32_t code = 0;
-    const auto size = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + position,
-                                       static_cast<utf8proc_ssize_t>(text.size() - position), &code);
-    if (size <= 0) return Status::InvalidInput(fmt::format("the text is not UTF-8 at byte {}", position));
+    const auto size =
+        utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + position,
+                         static_cast<utf8proc_ssize_t>(text.size() - position), &code);
+    if (size <= 0)
+      return Status::InvalidInput(fmt::format("the text is not UTF-8 at byte {}", position));
     position += static_cast<size_t>(size);
   }
   return {};
 }
 
 bool IsAscii(std::string_view text) {
-  return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+  return std::all_of(text.begin(), text.end(),
+                     [](char c) { return static_cast<unsigned char>(c) < 0x80; });
 }
 
 std::string Nfc(std::string_view text) {
@@ -61,7 +64,8 @@ Result<bool> ParseNormalizer(const Json& json, const std::string& origin) {
     }
     return nfc;
   }
-  return Status::InvalidInput(fmt::format("{}: normalizer {} is not supported, known is NFC", origin, type));
+  return Status::InvalidInput(
+      fmt::format("{}: normalizer {} is not supported, known is NFC", origin, type));
 }
 
 // The special token that a TemplateProcessing puts before a single text.
@@ -73,7 +77,8 @@ std::optional<std::string> TemplateStart(const Json& json) {
       if (auto start = TemplateStart(step)) return start;
     }
   }
-  if (type != "TemplateProcessing" || !json.contains("single") || json["single"].empty()) return std::nullopt;
+  if (type != "TemplateProcessing" || !json.contains("single") || json["single"].empty())
+    return std::nullopt;
   const Json& first = json["single"][0];
   if (!first.contains("SpecialToken")) return std::nullopt;
   return first["SpecialToken"].value("id", "");
@@ -93,8 +98,10 @@ struct Tokenizer::Impl {
   using Cache = std::unordered_map<std::string, std::vector<int32_t>>;
 
   Status AddToken(const Json& json, int64_t id, const std::string& origin) {
-    PQ_ASSIGN_OR_RETURN(const std::string content, JsonString(json, "content", origin + ": added token"));
-    if (id < 0 || id > (1 << 28)) return Status::InvalidInput(fmt::format("{}: added token {} has id {}", origin, content, id));
+    PQ_ASSIGN_OR_RETURN(const std::string content,
+                        JsonString(json, "content", origin + ": added token"));
+    if (id < 0 || id > (1 << 28))
+      return Status::InvalidInput(fmt::format("{}: added token {} has id {}", origin, content, id));
     AddedToken token{.content = content,
                      .id = static_cast<int32_t>(id),
                      .single_word = json.value("single_word", false),
@@ -140,7 +147,8 @@ Result<Tokenizer> Tokenizer::Load(const std::filesystem::path& folder) {
     return Status::InvalidInput(fmt::format("{}: no \"model\"", origin));
   }
   PQ_ASSIGN_OR_RETURN(Bpe bpe, Bpe::Parse(json["model"], origin));
-  PQ_ASSIGN_OR_RETURN(PreTokenizer pre, PreTokenizer::Parse(json.value("pre_tokenizer", Json()), origin));
+  PQ_ASSIGN_OR_RETURN(PreTokenizer pre,
+                      PreTokenizer::Parse(json.value("pre_tokenizer", Json()), origin));
   auto impl = std::make_unique<Impl>(Impl{.bpe = std::move(bpe),
                                           .pre_tokenizer = std::move(pre),
                                           .nfc = false,
@@ -158,7 +166,8 @@ Result<Tokenizer> Tokenizer::Load(const std::filesystem::path& folder) {
     PQ_ASSIGN_OR_RETURN(const Json config, ParseJson(config_text, config_path.string()));
     const Json listed = config.value("added_tokens_decoder", Json::object());
     for (const auto& [id, token] : listed.items()) {
-      PQ_RETURN_IF_ERROR(impl->AddToken(token, std::strtoll(id.c_str(), nullptr, 10), config_path.string()));
+      PQ_RETURN_IF_ERROR(
+          impl->AddToken(token, std::strtoll(id.c_str(), nullptr, 10), config_path.string()));
     }
   }
   for (const Json& token : json.value("added_tokens", Json::array())) {

@@ -1,9 +1,10 @@
 #ifndef PRISMAQUANT_TOKENIZER_TOKENIZER_H_
 #define PRISMAQUANT_TOKENIZER_TOKENIZER_H_
 
-// Tokenizer: text to token ids exactly as the `tokenizers` library does it from the same tokenizer.json, for
-// byte-level BPE: added tokens are cut out first, then NFC (if the file asks for it), pre-tokenization by the file's
-// patterns, and merges by rank. Immutable after Load; Encode is const and thread-safe.
+// Tokenizer: text to token ids exactly as the `tokenizers` library does it from the same
+// tokenizer.json, for byte-level BPE: added tokens are cut out first, then NFC (if the file asks
+// for it), pre-tokenization by the file's patterns, and merges by rank. Immutable after Load;
+// Encode is const and thread-safe.
 
 #include <cstdint>
 #include <filesystem>
@@ -19,8 +20,8 @@ namespace prismaquant {
 
 class Tokenizer {
  public:
-  // Reads tokenizer.json of a checkpoint folder, and the added tokens that only tokenizer_config.json lists.
-  // A component that is not supported is an error that names it.
+  // Reads tokenizer.json of a checkpoint folder, and the added tokens that only
+  // tokenizer_config.json lists. A component that is not supported is an error that names it.
   static Result<Tokenizer> Load(const std::filesystem::path& folder);
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
