@@ -67,4 +67,12 @@ Result<std::string> JsonString(const Json& object, const std::string& key,
   return WrongType(origin, key, object, "a string");
 }
 
+Status GuardJson(const std::string& origin, const std::function<Status()>& body) {
+  try {
+    return body();
+  } catch (const Json::exception& error) {
+    return Status::InvalidInput(fmt::format("{}: unexpected content: {}", origin, error.what()));
+  }
+}
+
 }  // namespace prismaquant

@@ -5,6 +5,7 @@
 // reader that keeps the last and one that keeps the first would disagree about the same file.
 
 #include <cstdint>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
@@ -23,6 +24,10 @@ Result<int64_t> JsonInt(const Json& object, const std::string& key, const std::s
 Result<double> JsonDouble(const Json& object, const std::string& key, const std::string& origin);
 Result<std::string> JsonString(const Json& object, const std::string& key,
                                const std::string& origin);
+
+// Runs `body`, which reads a document with nlohmann's own accessors; what they throw (a value of
+// another type than expected) becomes kInvalidInput that names `origin`.
+Status GuardJson(const std::string& origin, const std::function<Status()>& body);
 
 }  // namespace prismaquant
 

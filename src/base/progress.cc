@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <utility>
 
@@ -27,7 +28,13 @@ Progress::Progress(std::string title, int64_t total, std::string unit)
       start_(Clock::now()),
       drawn_(start_) {}
 
-Progress::~Progress() { Draw(/*last=*/true); }
+Progress::~Progress() {
+  if (done_ >= total_) {
+    Draw(/*last=*/true);
+  } else if (terminal_ && line_open_) {
+    fmt::print(stderr, "\n");
+  }
+}
 
 void Progress::Skip(int64_t steps) {
   skipped_ += steps;
@@ -54,6 +61,7 @@ void Progress::Draw(bool last) {
   }
   if (terminal_) {
     fmt::print(stderr, "\r\033[K{}{}", line, last ? "\n" : "");
+    line_open_ = !last;
   } else {
     fmt::print(stderr, "{}\n", line);
   }
@@ -67,17 +75,17 @@ int64_t PeakMemoryBytes() {
 }
 
 std::string FormatSeconds(double seconds) {
-  if (seconds < 60) return fmt::format("{:.1f} s", seconds);
-  const auto whole = static_cast<int64_t>(seconds);
+  if (seconds < 59.95) return fmt::format("{:.1f} s", seconds);
+  const auto whole = std::max(static_cast<int64_t>(seconds), int64_t{60});
   if (whole < 3600) return fmt::format("{} min {} s", whole / 60, whole % 60);
   return fmt::format("{} h {} min", whole / 3600, whole % 3600 / 60);
 }
 
 std::string FormatBytes(int64_t bytes) {
   const auto value = static_cast<double>(bytes);
-  if (value >= 1e9) return fmt::format("{:.3f} GB", value / 1e9);
-  if (value >= 1e6) return fmt::format("{:.3f} MB", value / 1e6);
-  if (value >= 1e3) return fmt::format("{:.1f} kB", value / 1e3);
+  if (bytes >= 999'999'500) return fmt::format("{:.3f} GB", value / 1e9);
+  if (bytes >= 999'950) return fmt::format("{:.3f} MB", value / 1e6);
+  if (bytes >= 1000) return fmt::format("{:.1f} kB", value / 1e3);
   return fmt::format("{} bytes", bytes);
 }
 

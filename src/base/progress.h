@@ -14,7 +14,9 @@ namespace prismaquant {
 
 class Progress {
  public:
-  // `total` steps named `unit` ("layers").
+  // `total` steps named `unit` ("layers"). The last line, with the time taken, appears when a
+  // finished stage's object goes; a stage that ends early leaves only its line on a terminal as it
+  // was.
   Progress(std::string title, int64_t total, std::string unit);
   ~Progress();
   Progress(const Progress&) = delete;
@@ -31,7 +33,7 @@ class Progress {
 
   std::string title_, unit_;
   int64_t total_, done_ = 0, skipped_ = 0;
-  bool terminal_;
+  bool terminal_, line_open_ = false;
   Clock::time_point start_, drawn_;
 };
 
@@ -46,7 +48,7 @@ struct StageTime {
 int64_t PeakMemoryBytes();
 // "3 min 12 s", "0.4 s"
 std::string FormatSeconds(double seconds);
-// "1.23 GB" with powers of ten
+// "1.234 GB" with powers of ten
 std::string FormatBytes(int64_t bytes);
 
 }  // namespace prismaquant

@@ -172,8 +172,12 @@ Result<int32_t> EndOfText(const std::filesystem::path& folder, const Tokenizer& 
   if (!std::filesystem::exists(path, error)) return -1;
   PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   PQ_ASSIGN_OR_RETURN(const Json config, ParseJson(text, path.string()));
-  Json token = config.value("eos_token", Json());
-  if (token.is_object()) token = token.value("content", Json());
+  Json token;
+  PQ_RETURN_IF_ERROR(GuardJson(path.string(), [&]() -> Status {
+    token = config.value("eos_token", Json());
+    if (token.is_object()) token = token.value("content", Json());
+    return {};
+  }));
   return token.is_string() ? tokenizer.TokenId(token.get<std::string>()).value_or(-1) : -1;
 }
 

@@ -87,6 +87,15 @@ std::optional<std::string> TemplateStart(const Json& json) {
 }  // namespace
 
 struct Tokenizer::Impl {
+  Impl(Bpe vocabulary, PreTokenizer pieces)
+      : bpe(std::move(vocabulary)), pre_tokenizer(std::move(pieces)), size(bpe.size()) {}
+  static Result<std::unique_ptr<Impl>> Parse(const Json& json, const std::string& origin,
+                                             const std::filesystem::path& folder);
+  // The tokens that tokenizer.json lists, and those that only tokenizer_config.json does.
+  Status ParseAddedTokens(const Json& json, const std::string& origin,
+                          const std::filesystem::path& folder);
+  std::optional<int32_t> TokenId(std::string_view token) const;
+
   Bpe bpe;
   PreTokenizer pre_tokenizer;
   bool nfc = false;
@@ -138,47 +147,67 @@ Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 Tokenizer::~Tokenizer() = default;
 
-Result<Tokenizer> Tokenizer::Load(const std::filesystem::path& folder) {
-  const std::filesystem::path path = folder / "tokenizer.json";
-  const std::string origin = path.string();
-  PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
-  PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(text, origin));
+Status Tokenizer::Impl::ParseAddedTokens(const Json& json, const std::string& origin,
+                                         const std::filesystem::path& folder) {
+  std::error_code error;
+  const std::filesystem::path path = folder / "tokenizer_config.json";
+  if (std::filesystem::exists(path, error)) {
+    PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+    PQ_ASSIGN_OR_RETURN(const Json config, ParseJson(text, path.string()));
+    const Status listed = GuardJson(path.string(), [&]() -> Status {
+      const Json tokens = config.value("added_tokens_decoder", Json::object());
+      for (const auto& [id, token] : tokens.items()) {
+        PQ_RETURN_IF_ERROR(AddToken(token, std::strtoll(id.c_str(), nullptr, 10), path.string()));
+      }
+      return {};
+    });
+    if (!listed.ok()) return listed;
+  }
+  for (const Json& token : json.value("added_tokens", Json::array())) {
+    PQ_ASSIGN_OR_RETURN(const int64_t id, JsonInt(token, "id", origin + ": added token"));
+    PQ_RETURN_IF_ERROR(AddToken(token, id, origin));
+  }
+  return {};
+}
+
+Result<std::unique_ptr<Tokenizer::Impl>> Tokenizer::Impl::Parse(
+    const Json& json, const std::string& origin, const std::filesystem::path& folder) {
   if (!json.is_object() || !json.contains("model")) {
     return Status::InvalidInput(fmt::format("{}: no \"model\"", origin));
   }
   PQ_ASSIGN_OR_RETURN(Bpe bpe, Bpe::Parse(json["model"], origin));
   PQ_ASSIGN_OR_RETURN(PreTokenizer pre,
                       PreTokenizer::Parse(json.value("pre_tokenizer", Json()), origin));
-  auto impl = std::make_unique<Impl>(Impl{.bpe = std::move(bpe),
-                                          .pre_tokenizer = std::move(pre),
-                                          .nfc = false,
-                                          .raw_tokens = {},
-                                          .normalized_tokens = {},
-                                          .bos = std::nullopt,
-                                          .size = 0});
+  auto impl = std::make_unique<Impl>(std::move(bpe), std::move(pre));
   PQ_ASSIGN_OR_RETURN(impl->nfc, ParseNormalizer(json.value("normalizer", Json()), origin));
-  impl->size = impl->bpe.size();
-
-  std::error_code error;
-  const std::filesystem::path config_path = folder / "tokenizer_config.json";
-  if (std::filesystem::exists(config_path, error)) {
-    PQ_ASSIGN_OR_RETURN(const std::string config_text, ReadFile(config_path));
-    PQ_ASSIGN_OR_RETURN(const Json config, ParseJson(config_text, config_path.string()));
-    const Json listed = config.value("added_tokens_decoder", Json::object());
-    for (const auto& [id, token] : listed.items()) {
-      PQ_RETURN_IF_ERROR(
-          impl->AddToken(token, std::strtoll(id.c_str(), nullptr, 10), config_path.string()));
+  PQ_RETURN_IF_ERROR(impl->ParseAddedTokens(json, origin, folder));
+  if (const auto start = TemplateStart(json.value("post_processor", Json()))) {
+    impl->bos = impl->TokenId(*start);
+    if (!impl->bos) {
+      return Status::InvalidInput(
+          fmt::format("{}: post_processor begins with {}, which is no token", origin, *start));
     }
   }
-  for (const Json& token : json.value("added_tokens", Json::array())) {
-    PQ_ASSIGN_OR_RETURN(const int64_t id, JsonInt(token, "id", origin + ": added token"));
-    PQ_RETURN_IF_ERROR(impl->AddToken(token, id, origin));
+  return impl;
+}
+
+std::optional<int32_t> Tokenizer::Impl::TokenId(std::string_view token) const {
+  for (const AddedTokens* added : {&raw_tokens, &normalized_tokens}) {
+    if (const int32_t id = added->Id(token); id >= 0) return id;
   }
-  Tokenizer tokenizer(std::move(impl));
-  if (const auto start = TemplateStart(json.value("post_processor", Json()))) {
-    tokenizer.impl_->bos = tokenizer.TokenId(*start);
-  }
-  return tokenizer;
+  return bpe.Id(std::string(token));
+}
+
+Result<Tokenizer> Tokenizer::Load(const std::filesystem::path& folder) {
+  const std::filesystem::path path = folder / "tokenizer.json";
+  PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(text, path.string()));
+  std::unique_ptr<Impl> impl;
+  PQ_RETURN_IF_ERROR(GuardJson(path.string(), [&]() -> Status {
+    PQ_ASSIGN_OR_RETURN(impl, Impl::Parse(json, path.string(), folder));
+    return {};
+  }));
+  return Tokenizer(std::move(impl));
 }
 
 Result<std::vector<int32_t>> Tokenizer::Encode(std::string_view text) const {
@@ -205,10 +234,7 @@ Result<std::vector<int32_t>> Tokenizer::Encode(std::string_view text) const {
 std::optional<int32_t> Tokenizer::bos() const { return impl_->bos; }
 
 std::optional<int32_t> Tokenizer::TokenId(std::string_view token) const {
-  for (const AddedTokens* added : {&impl_->raw_tokens, &impl_->normalized_tokens}) {
-    if (const int32_t id = added->Id(token); id >= 0) return id;
-  }
-  return impl_->bpe.Id(std::string(token));
+  return impl_->TokenId(token);
 }
 
 int32_t Tokenizer::size() const { return impl_->size; }
