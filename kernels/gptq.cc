@@ -2,40 +2,84 @@
 
 #include <torch/torch.h>
 
+#include <cmath>
+
 #include "kernels/gptq_rows.h"
 #include "kernels/minifloat.h"
 
 namespace prismaquant::ops {
 namespace {
 
-void GptqBlockCpu(int64_t grid, at::Tensor weight, const at::Tensor& u, at::Tensor scale, at::Tensor codes,
-                  at::Tensor error, double global_scale, bool choose_scales) {
+int64_t GroupSize(GptqGrid grid, int64_t columns) {
+  switch (grid) {
+    case GptqGrid::kE2M1Group16:
+      return kNvfp4GroupSize;
+    case GptqGrid::kE4M3Group32:
+      return kMxGroupSize;
+    case GptqGrid::kE4M3Row:
+      return columns;
+  }
+  TORCH_CHECK(false, "grid is ", static_cast<int64_t>(grid), ", expected 0, 1 or 2");
+}
+
+void CheckWritten(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
+                  at::ScalarType type) {
+  TORCH_CHECK(tensor.sizes() == shape && tensor.scalar_type() == type, name, " is ",
+              tensor.scalar_type(), " ", tensor.sizes(), ", expected ", type, " ", shape);
+  TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+void CheckArguments(GptqGrid grid, const at::Tensor& weight, const at::Tensor& u,
+                    const at::Tensor& scale, const at::Tensor& codes, const at::Tensor& error,
+                    double global_scale) {
+  TORCH_CHECK(weight.dim() == 2 && weight.size(1) > 0, "weight has shape ", weight.sizes(),
+              ", expected [out, columns]");
+  const int64_t out = weight.size(0), columns = weight.size(1);
+  const int64_t group = GroupSize(grid, columns);
+  TORCH_CHECK(columns % group == 0, columns, " columns are no multiple of the group size ", group);
+  CheckWritten("weight", weight, {out, columns}, at::kFloat);
+  CheckWritten("scale", scale, {out, columns / group},
+               grid == GptqGrid::kE4M3Row ? at::kFloat : at::kByte);
+  CheckWritten("codes", codes, {out, columns}, at::kByte);
+  CheckWritten("error", error, {out, columns}, at::kFloat);
+  TORCH_CHECK(u.sizes() == at::IntArrayRef({columns, columns}) && u.scalar_type() == at::kFloat,
+              "u is ", u.scalar_type(), " ", u.sizes(), ", expected Float [", columns, ", ",
+              columns, "]");
+  TORCH_CHECK(global_scale > 0 && std::isfinite(static_cast<float>(global_scale)),
+              "global_scale is ", global_scale, ", expected finite and positive");
+}
+
+void GptqBlockCpu(int64_t grid_number, const at::Tensor& weight, const at::Tensor& u,
+                  const at::Tensor& scale, const at::Tensor& codes, const at::Tensor& error,
+                  double global_scale, bool choose_scales) {
+  const auto grid = static_cast<GptqGrid>(grid_number);
+  CheckArguments(grid, weight, u, scale, codes, error, global_scale);
   const at::Tensor factor = u.contiguous();
   const at::Tensor importance = factor.diagonal().square().reciprocal().contiguous();
   const int64_t out = weight.size(0), columns = weight.size(1);
-  TORCH_CHECK(weight.is_contiguous() && codes.is_contiguous() && error.is_contiguous() && scale.is_contiguous(),
-              "gptq_block writes in place and needs contiguous tensors");
-  TORCH_CHECK(factor.size(0) == columns && factor.size(1) == columns, "u has shape ", factor.sizes());
+  const int64_t groups = scale.size(1);
   const rows::GptqBlockView block{.columns = columns,
                                   .u = factor.const_data_ptr<float>(),
                                   .importance = importance.const_data_ptr<float>(),
                                   .global_scale = static_cast<float>(global_scale),
                                   .choose_scales = choose_scales};
-  auto* scale_bytes = static_cast<uint8_t*>(scale.mutable_data_ptr());
+  auto* w = weight.mutable_data_ptr<float>();
+  auto* c = codes.mutable_data_ptr<uint8_t>();
+  auto* e = error.mutable_data_ptr<float>();
+  auto* s = static_cast<uint8_t*>(scale.mutable_data_ptr());
+  const auto* row_scale = static_cast<const float*>(scale.const_data_ptr());
   at::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      float* w = weight.data_ptr<float>() + r * columns;
-      uint8_t* c = codes.data_ptr<uint8_t>() + r * columns;
-      float* e = error.data_ptr<float>() + r * columns;
-      switch (static_cast<GptqGrid>(grid)) {
+      const int64_t first = r * columns;
+      switch (grid) {
         case GptqGrid::kE2M1Group16:
-          rows::GptqE2M1Group16(block, w, scale_bytes + r * (columns / kNvfp4GroupSize), c, e);
+          rows::GptqE2M1Group16(block, w + first, s + r * groups, c + first, e + first);
           break;
         case GptqGrid::kE4M3Group32:
-          rows::GptqE4M3Group32(block, w, scale_bytes + r * (columns / kMxGroupSize), c, e);
+          rows::GptqE4M3Group32(block, w + first, s + r * groups, c + first, e + first);
           break;
         case GptqGrid::kE4M3Row:
-          rows::GptqE4M3Row(block, w, scale.const_data_ptr<float>()[r], c, e);
+          rows::GptqE4M3Row(block, w + first, row_scale[r], c + first, e + first);
           break;
       }
     }
@@ -44,20 +88,21 @@ void GptqBlockCpu(int64_t grid, at::Tensor weight, const at::Tensor& u, at::Tens
 
 TORCH_LIBRARY_FRAGMENT(prismaquant, m) {
   m.def(
-      "gptq_block(int grid, Tensor(a!) weight, Tensor u, Tensor(b!) scale, Tensor(c!) codes, Tensor(d!) error, "
-      "float global_scale, bool choose_scales) -> ()");
+      "gptq_block(int grid, Tensor(a!) weight, Tensor u, Tensor(b!) scale, Tensor(c!) codes, "
+      "Tensor(d!) error, float global_scale, bool choose_scales) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(prismaquant, CPU, m) { m.impl("gptq_block", &GptqBlockCpu); }
 
 }  // namespace
 
-void GptqBlock(GptqGrid grid, at::Tensor& weight, const at::Tensor& u, at::Tensor& scale, at::Tensor& codes,
-               at::Tensor& error, double global_scale, bool choose_scales) {
+void GptqBlock(GptqGrid grid, at::Tensor& weight, const at::Tensor& u, at::Tensor& scale,
+               at::Tensor& codes, at::Tensor& error, double global_scale, bool choose_scales) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("prismaquant::gptq_block", "")
-          .typed<void(int64_t, at::Tensor, const at::Tensor&, at::Tensor, at::Tensor, at::Tensor, double, bool)>();
+          .typed<void(int64_t, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                      const at::Tensor&, const at::Tensor&, double, bool)>();
   op.call(static_cast<int64_t>(grid), weight, u, scale, codes, error, global_scale, choose_scales);
 }
 

@@ -7,9 +7,15 @@
 namespace prismaquant::rows {
 namespace {
 
-// Group scales are searched among the E4M3 codes between these multiples of the one that maps the largest magnitude to 6.
+// Group scales are searched among the E4M3 codes between these multiples of the one that maps the
+// largest magnitude to 6.
 constexpr float kSmallestMultiple = 0.5F;
 constexpr float kLargestMultiple = 2.0F;
+// The codec's scale for a group whose own rounds to zero.
+constexpr float kNvfp4ZeroScale = 0.125F;
+
+// As the codec, which gives a quotient of -0 the code 0.
+PQ_INLINE float WithoutNegativeZero(float x) { return x + 0.0F; }
 
 // Spreads the error of column j over the columns right of it.
 PQ_INLINE void Propagate(const GptqBlockView& block, int64_t j, float spread, float* w) {
@@ -28,12 +34,13 @@ PQ_INLINE float E2M1GroupError(const float* w, const float* importance, float sc
   return sum;
 }
 
-// The E4M3 code of the group's scale: the codec's rule, or the code in the searched range with the least weighted error.
+// The E4M3 code of the group's scale: the codec's rule, or the code in the searched range with the
+// least weighted error.
 PQ_INLINE uint8_t ChooseE2M1Scale(const GptqBlockView& block, int64_t begin, const float* w) {
   const float largest = LargestMagnitude(w, kNvfp4GroupSize);
   const float ideal = block.global_scale * (largest / kE2M1Max);
   uint8_t best = EncodeE4M3(RoundToE4M3(ideal));
-  if (best == 0) best = largest > 0 ? 1 : EncodeE4M3(0.125F);
+  if (best == 0) best = EncodeE4M3(kNvfp4ZeroScale);
   if (!block.choose_scales || largest == 0) return best;
   const uint8_t first = std::max<uint8_t>(1, EncodeE4M3(RoundToE4M3(ideal * kSmallestMultiple)));
   const uint8_t last = std::max<uint8_t>(first, EncodeE4M3(RoundToE4M3(ideal * kLargestMultiple)));
@@ -60,14 +67,16 @@ PQ_INLINE float E4M3GroupError(const float* w, const float* importance, float sc
   return sum;
 }
 
-// The E8M0 code of the group's scale: the codec's, or one of its neighbours with less weighted error.
+// The E8M0 code of the group's scale: the codec's, or one of its neighbours with less weighted
+// error.
 PQ_INLINE uint8_t ChooseE8M0Scale(const GptqBlockView& block, int64_t begin, const float* w) {
   const int rule = Mxfp8ScaleCode(LargestMagnitude(w, kMxGroupSize));
   if (!block.choose_scales || rule <= 1 || rule >= 253) return static_cast<uint8_t>(rule);
   int best = rule;
   float least = E4M3GroupError(w, block.importance + begin, DecodeE8M0(static_cast<uint8_t>(rule)));
   for (const int code : {rule - 1, rule + 1}) {
-    const float error = E4M3GroupError(w, block.importance + begin, DecodeE8M0(static_cast<uint8_t>(code)));
+    const float error =
+        E4M3GroupError(w, block.importance + begin, DecodeE8M0(static_cast<uint8_t>(code)));
     if (error < least) {
       least = error;
       best = code;
@@ -79,7 +88,8 @@ PQ_INLINE uint8_t ChooseE8M0Scale(const GptqBlockView& block, int64_t begin, con
 }  // namespace
 
 PQ_MULTIVERSION
-void GptqE2M1Group16(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes, float* error) {
+void GptqE2M1Group16(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
+                     float* error) {
   float effective = 1;
   for (int64_t j = 0; j < block.columns; ++j) {
     if (j % kNvfp4GroupSize == 0) {
@@ -87,7 +97,7 @@ void GptqE2M1Group16(const GptqBlockView& block, float* w, uint8_t* scale, uint8
       scale[j / kNvfp4GroupSize] = code;
       effective = DecodeE4M3(code) / block.global_scale;
     }
-    const float value = RoundToE2M1(w[j] / effective);
+    const float value = RoundToE2M1(WithoutNegativeZero(w[j] / effective));
     const float quantized = value * effective;
     codes[j] = EncodeE2M1(value);
     error[j] = (w[j] - quantized) / block.u[j * block.columns + j];
@@ -97,7 +107,8 @@ void GptqE2M1Group16(const GptqBlockView& block, float* w, uint8_t* scale, uint8
 }
 
 PQ_MULTIVERSION
-void GptqE4M3Group32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes, float* error) {
+void GptqE4M3Group32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
+                     float* error) {
   float effective = 1;
   for (int64_t j = 0; j < block.columns; ++j) {
     if (j % kMxGroupSize == 0) {

@@ -1,7 +1,8 @@
 #ifndef PRISMAQUANT_KERNELS_GPTQ_ROWS_H_
 #define PRISMAQUANT_KERNELS_GPTQ_ROWS_H_
 
-// GPTQ on one row of a block: the CPU inner loops behind kernels/gptq.h, where the arguments are described.
+// GPTQ on one row of a block: the CPU inner loops behind kernels/gptq.h, where the arguments are
+// described.
 
 #include <cstdint>
 
@@ -10,15 +11,17 @@ namespace prismaquant::rows {
 // What is the same for all rows of a block.
 struct GptqBlockView {
   int64_t columns = 0;
-  const float* u = nullptr;         // [columns, columns], row-major
+  const float* u = nullptr;           // [columns, columns], row-major
   const float* importance = nullptr;  // 1 / u_jj^2 [columns]: what an error in column j costs
   float global_scale = 1;
   bool choose_scales = true;
 };
 
 // Each overwrites w [columns] by the quantized row and writes codes and error [columns].
-void GptqE2M1Group16(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes, float* error);
-void GptqE4M3Group32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes, float* error);
+void GptqE2M1Group16(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
+                     float* error);
+void GptqE4M3Group32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
+                     float* error);
 void GptqE4M3Row(const GptqBlockView& block, float* w, float scale, uint8_t* codes, float* error);
 
 }  // namespace prismaquant::rows

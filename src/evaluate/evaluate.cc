@@ -56,7 +56,8 @@ WindowSums ScoreWindow(const OutputHead& source_head, const OutputHead& head,
                        const at::Tensor& source_hidden, const at::Tensor& hidden,
                        const std::vector<int32_t>& window, TokenLogProbs& log_probs) {
   WindowSums sums;
-  const at::Tensor next = WindowIds(window).narrow(0, 1, static_cast<int64_t>(window.size()) - 1).unsqueeze(1);
+  const at::Tensor next =
+      WindowIds(window).narrow(0, 1, static_cast<int64_t>(window.size()) - 1).unsqueeze(1);
   const int64_t positions = next.size(0);
   const int64_t block = std::clamp<int64_t>(kBlockElements / head.vocab_size(), 1, 512);
   for (int64_t first = 0; first < positions; first += block) {
@@ -70,7 +71,8 @@ WindowSums ScoreWindow(const OutputHead& source_head, const OutputHead& head,
     sums.nll_source -= token_p.sum().item<double>();
     sums.nll -= token_q.sum().item<double>();
     sums.agree += p.argmax(-1).eq(q.argmax(-1)).sum().item<int64_t>();
-    log_probs.source.insert(log_probs.source.end(), token_p.data_ptr<double>(), token_p.data_ptr<double>() + count);
+    log_probs.source.insert(log_probs.source.end(), token_p.data_ptr<double>(),
+                            token_p.data_ptr<double>() + count);
     log_probs.quantized.insert(log_probs.quantized.end(), token_q.data_ptr<double>(),
                                token_q.data_ptr<double>() + count);
   }
@@ -90,11 +92,17 @@ double StandardError(const std::vector<double>& means) {
 Status RequireComparable(const Model& source, const Model& quantized) {
   const auto refuse = [&](const char* what, int64_t expected, int64_t found) {
     return Status::InvalidInput(fmt::format("{}: {} is {}, expected {} as in {}",
-                                            quantized.checkpoint().folder().string(), what, found, expected,
-                                            source.checkpoint().folder().string()));
+                                            quantized.checkpoint().folder().string(), what, found,
+                                            expected, source.checkpoint().folder().string()));
   };
   const ModelConfig& a = source.config();
   const ModelConfig& b = quantized.config();
+  if (a.model_type != b.model_type) {
+    return Status::InvalidInput(
+        fmt::format("{}: the model is of the family {}, expected {} as in {}",
+                    quantized.checkpoint().folder().string(), b.model_type, a.model_type,
+                    source.checkpoint().folder().string()));
+  }
   if (a.vocab_size != b.vocab_size) return refuse("vocab_size", a.vocab_size, b.vocab_size);
   if (a.hidden_size != b.hidden_size) return refuse("hidden_size", a.hidden_size, b.hidden_size);
   if (a.num_layers != b.num_layers) return refuse("num_hidden_layers", a.num_layers, b.num_layers);
@@ -104,8 +112,10 @@ Status RequireComparable(const Model& source, const Model& quantized) {
 Result<Evaluation> Measure(const Model& source, const Model& quantized, const TokenWindows& windows,
                            const ComputeOptions& compute) {
   const at::NoGradGuard no_grad;
-  PQ_ASSIGN_OR_RETURN(const at::Tensor source_hidden, ForwardHidden(source, windows, compute, "evaluate, source"));
-  PQ_ASSIGN_OR_RETURN(const at::Tensor hidden, ForwardHidden(quantized, windows, compute, "evaluate, quantized"));
+  PQ_ASSIGN_OR_RETURN(const at::Tensor source_hidden,
+                      ForwardHidden(source, windows, compute, "evaluate, source"));
+  PQ_ASSIGN_OR_RETURN(const at::Tensor hidden,
+                      ForwardHidden(quantized, windows, compute, "evaluate, quantized"));
   PQ_ASSIGN_OR_RETURN(const auto source_head, source.LoadHead(compute));
   PQ_ASSIGN_OR_RETURN(const auto head, quantized.LoadHead(compute));
 
@@ -116,8 +126,8 @@ Result<Evaluation> Measure(const Model& source, const Model& quantized, const To
   for (int64_t n = 0; n < windows.count(); ++n) {
     TokenLogProbs& log_probs = result.log_probs.emplace_back();
     log_probs.ids = windows.windows[n];
-    const WindowSums sums =
-        ScoreWindow(*source_head, *head, source_hidden[n], hidden[n], windows.windows[n], log_probs);
+    const WindowSums sums = ScoreWindow(*source_head, *head, source_hidden[n], hidden[n],
+                                        windows.windows[n], log_probs);
     means.push_back(sums.kl / static_cast<double>(sums.positions));
     total.kl += sums.kl;
     total.nll_source += sums.nll_source;
@@ -141,17 +151,28 @@ Result<Evaluation> Measure(const Model& source, const Model& quantized, const To
 }  // namespace
 
 Json Evaluation::ToJson(double predicted_kl) const {
-  Json json = {{"schema", 1},       {"tokens", tokens}, {"kl", kl},
-               {"kl_stderr", kl_stderr}, {"ppl_source", ppl_source}, {"ppl", ppl},
-               {"top1", top1},      {"bytes_source", bytes_source}, {"bytes", bytes},
+  Json json = {{"schema", 1},
+               {"tokens", tokens},
+               {"kl", kl},
+               {"kl_stderr", kl_stderr},
+               {"ppl_source", ppl_source},
+               {"ppl", ppl},
+               {"top1", top1},
+               {"bytes_source", bytes_source},
+               {"bytes", bytes},
                {"predicted_kl", nullptr}};
   if (predicted_kl >= 0) json["predicted_kl"] = predicted_kl;
   return json;
 }
 
-Result<Evaluation> Evaluate(const Model& source, const Model& quantized, const TokenWindows& windows,
-                            const ComputeOptions& compute) {
+Result<Evaluation> Evaluate(const Model& source, const Model& quantized,
+                            const TokenWindows& windows, const ComputeOptions& compute) {
   PQ_RETURN_IF_ERROR(RequireComparable(source, quantized));
+  if (windows.length() < 2) {
+    return Status::InvalidInput(
+        fmt::format("evaluation windows: {} of {} tokens, expected at least one of at least 2",
+                    windows.count(), windows.length()));
+  }
   Result<Evaluation> result = Status::System("evaluation did not run");
   PQ_RETURN_IF_ERROR(GuardTorch("evaluate", [&] {
     result = Measure(source, quantized, windows, compute);

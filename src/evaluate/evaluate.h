@@ -1,8 +1,9 @@
 #ifndef PRISMAQUANT_EVALUATE_EVALUATE_H_
 #define PRISMAQUANT_EVALUATE_EVALUATE_H_
 
-// Evaluation: how far a checkpoint is from its source on a text, measured by this program's own forward pass with
-// weights and activations quantized as the checkpoint says. Layers are streamed; logits exist for a block of tokens.
+// Evaluation: how far a checkpoint is from its source on a text, measured by this program's own
+// forward pass with weights and activations quantized as the checkpoint says. Layers are streamed;
+// logits exist for a block of tokens.
 
 #include <cstdint>
 #include <vector>
@@ -20,11 +21,11 @@ struct TokenLogProbs {
 };
 
 struct Evaluation {
-  int64_t tokens = 0;     // scored positions: each window's but its last
-  double kl = 0;          // mean KL(source || quantized), nats per token
-  double kl_stderr = 0;   // standard error over the windows' means; 0 for one window
+  int64_t tokens = 0;    // scored positions: each window's but its last
+  double kl = 0;         // mean KL(source || quantized), nats per token
+  double kl_stderr = 0;  // standard error over the windows' means; 0 for one window
   double ppl_source = 0, ppl = 0;
-  double top1 = 0;        // share of positions with the same most likely token
+  double top1 = 0;                      // share of positions with the same most likely token
   int64_t bytes_source = 0, bytes = 0;  // of *.safetensors
   std::vector<TokenLogProbs> log_probs;
 
@@ -32,9 +33,10 @@ struct Evaluation {
   Json ToJson(double predicted_kl) const;
 };
 
-// Both models must have the same vocabulary and architecture, else kInvalidInput.
-Result<Evaluation> Evaluate(const Model& source, const Model& quantized, const TokenWindows& windows,
-                            const ComputeOptions& compute);
+// kInvalidInput unless both models are of one family with the same vocabulary, hidden size and
+// number of layers, and the windows have at least two tokens.
+Result<Evaluation> Evaluate(const Model& source, const Model& quantized,
+                            const TokenWindows& windows, const ComputeOptions& compute);
 
 }  // namespace prismaquant
 

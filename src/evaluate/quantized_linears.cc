@@ -6,31 +6,45 @@
 namespace prismaquant {
 namespace {
 
-constexpr const char* kSuffixes[] = {"weight", "weight_packed", "weight_scale", "weight_global_scale",
-                                     "input_global_scale"};
+// Every tensor "<linear>.<suffix>" but the bias.
+StoredTensors MapTensors(const Checkpoint& checkpoint, const std::string& linear) {
+  const std::string prefix = linear + ".";
+  StoredTensors tensors;
+  for (const std::string& name : checkpoint.names()) {
+    if (!name.starts_with(prefix) || name.find('.', prefix.size()) != std::string::npos) continue;
+    const std::string suffix = name.substr(prefix.size());
+    if (suffix != "bias") tensors[suffix] = TensorFromView(*checkpoint.Find(name));
+  }
+  return tensors;
+}
 
-bool SameTensor(const at::Tensor& a, const at::Tensor& b) {
-  return a.defined() && b.defined() && a.const_data_ptr() == b.const_data_ptr() && a.sizes() == b.sizes();
+std::string SuffixList(const StoredTensors& tensors) {
+  if (tensors.empty()) return "none found";
+  std::string list;
+  for (const auto& [suffix, tensor] : tensors) {
+    list += fmt::format("{}{} {}", list.empty() ? "" : ", ", suffix,
+                        DTypeName(FromScalarType(tensor.scalar_type())));
+  }
+  return list;
 }
 
 }  // namespace
 
 Result<LinearTensors> FindLinearTensors(const Checkpoint& checkpoint, const LinearInfo& linear) {
   LinearTensors result;
-  for (const char* suffix : kSuffixes) {
-    if (const TensorView* view = checkpoint.Find(linear.name + "." + suffix)) {
-      result.tensors[suffix] = TensorFromView(*view);
-    }
-  }
+  result.tensors = MapTensors(checkpoint, linear.name);
   result.format = DetectFormat(result.tensors);
   if (result.format == nullptr) {
-    std::string found;
-    for (const auto& [suffix, tensor] : result.tensors) found += (found.empty() ? "" : ", ") + suffix;
     return Status::InvalidInput(fmt::format("{}: the tensors of {} ({}) are in no known format",
                                             checkpoint.folder().string(), linear.name,
-                                            found.empty() ? "none found" : found));
+                                            SuffixList(result.tensors)));
   }
-  PQ_RETURN_IF_ERROR(CheckStored(*result.format, result.tensors, linear.out, linear.in, linear.dtype));
+  const Status checked =
+      CheckStored(*result.format, result.tensors, linear.out, linear.in, linear.dtype);
+  if (!checked.ok()) {
+    return Status::InvalidInput(
+        fmt::format("{}: {}: {}", checkpoint.folder().string(), linear.name, checked.message()));
+  }
   return result;
 }
 
@@ -57,9 +71,9 @@ at::Tensor QuantizedLinears::Apply(const LinearInfo& linear, const at::Tensor& x
   if (entry.format->quantizes_activations()) {
     const auto scale = entry.stored.find("input_global_scale");
     const at::Tensor global = scale == entry.stored.end() ? at::Tensor() : scale->second;
-    const bool same_scale = !global.defined() ||
-                            (last_scale_.defined() && at::equal(global, last_scale_));
-    if (last_format_ != entry.format || !same_scale || !SameTensor(x, last_input_)) {
+    const bool same_scale =
+        !global.defined() || (last_scale_.defined() && at::equal(global, last_scale_));
+    if (last_format_ != entry.format || !same_scale || !last_input_.is_same(x)) {
       last_quantized_ = entry.format->QuantizeActivation(x, entry.stored);
       last_format_ = entry.format;
       last_input_ = x;

@@ -1,9 +1,9 @@
 #ifndef PRISMAQUANT_EVALUATE_QUANTIZED_LINEARS_H_
 #define PRISMAQUANT_EVALUATE_QUANTIZED_LINEARS_H_
 
-// QuantizedLinears: multiplies the Linears of one layer of any checkpoint as the checkpoint says: weights decoded from
-// the stored bytes, activations quantized by the format found there. A plain checkpoint is the case in which every
-// Linear is in the source format. One thread.
+// QuantizedLinears: multiplies the Linears of one layer of any checkpoint as the checkpoint says:
+// weights decoded from the stored bytes, activations quantized by the format found there. A plain
+// checkpoint is the case in which every Linear is in the source format. One thread.
 
 #include <ATen/core/Tensor.h>
 
@@ -37,8 +37,8 @@ class QuantizedLinears : public LinearRunner {
   at::Tensor last_input_, last_scale_, last_quantized_;
 };
 
-// The stored tensors "<linear>.*" of a checkpoint that belong to a format (bias left out), mapped without copying, and
-// the format they are in. kInvalidInput if none fits.
+// The stored tensors "<linear>.*" of a checkpoint that belong to a format (bias left out), mapped
+// without copying, and the format they are in. kInvalidInput if none fits.
 struct LinearTensors {
   const Format* format = nullptr;
   StoredTensors tensors;

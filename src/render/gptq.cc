@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "kernels/gptq.h"
@@ -14,25 +15,37 @@ namespace {
 
 constexpr int64_t kBlockColumns = 128;
 constexpr int64_t kBlockTokens = 4096;
+// A Hessian that cannot be factored is tried again with ten times the damping, at least this.
 constexpr int kDampingRetries = 4;
+constexpr double kSmallestRetry = 1e-4;
 // Up to this size the factorisation runs in float64.
 constexpr int64_t kLargestFloat64 = 4096;
 
-// The upper Cholesky factor of the inverse of the damped Hessian, float32; undefined if it cannot be had.
+// The power of four next below `x`: dividing a Hessian by it changes the exponents of its factor
+// and no other bit.
+double PowerOfFour(double x) { return std::exp2(2 * std::floor(std::log2(x) / 2)); }
+
+// The upper Cholesky factor, up to a positive multiple, of the inverse of the damped Hessian,
+// float32; undefined if it cannot be had. A column without inputs has the damping alone for its
+// diagonal.
 at::Tensor InverseFactor(const at::Tensor& hessian, double damping) {
-  const int64_t n = hessian.size(0);
-  at::Tensor h = hessian.to(n <= kLargestFloat64 ? at::kDouble : at::kFloat).clone();
-  at::Tensor diagonal = h.diagonal();
-  diagonal.masked_fill_(diagonal.le(0), 1.0);
-  const double mean = diagonal.mean().item<double>();
-  for (int attempt = 0; attempt <= kDampingRetries; ++attempt, damping *= 10) {
+  const double mean = hessian.diagonal().to(at::kDouble).mean().item<double>();
+  if (!(mean > 0) || !hessian.isfinite().all().item<bool>()) return {};
+  const double unit = PowerOfFour(mean);
+  const at::ScalarType type = hessian.size(0) <= kLargestFloat64 ? at::kDouble : at::kFloat;
+  const at::Tensor h = hessian.to(type) / unit;
+  for (int attempt = 0; attempt <= kDampingRetries; ++attempt) {
     at::Tensor damped = h.clone();
-    damped.diagonal().add_(damping * mean);
+    damped.diagonal().add_(damping * mean / unit);
+    damping = std::max(damping * 10, kSmallestRetry);
     const auto [lower, failed] = at::linalg_cholesky_ex(damped);
     if (failed.item<int>() != 0) continue;
-    const auto [upper, inverse_failed] = at::linalg_cholesky_ex(at::cholesky_inverse(lower), /*upper=*/true);
-    if (inverse_failed.item<int>() != 0 || !upper.isfinite().all().item<bool>()) continue;
-    return upper.to(at::kFloat).contiguous();
+    const auto [upper, inverse_failed] =
+        at::linalg_cholesky_ex(at::cholesky_inverse(lower), /*upper=*/true);
+    if (inverse_failed.item<int>() != 0) continue;
+    at::Tensor factor = upper.to(at::kFloat).contiguous();
+    if (factor.isfinite().all().item<bool>() && (factor.diagonal() > 0).all().item<bool>())
+      return factor;
   }
   return {};
 }
@@ -72,7 +85,8 @@ StoredTensors ToStored(const Format& format, const GridState& state, StoredTenso
   switch (format.grid()) {
     case Grid::kE2M1Group16: {
       const at::Tensor pairs = state.codes.view({state.codes.size(0), -1, 2});
-      stored["weight_packed"] = pairs.select(2, 0).bitwise_or(pairs.select(2, 1).bitwise_left_shift(4)).contiguous();
+      stored["weight_packed"] =
+          pairs.select(2, 0).bitwise_or(pairs.select(2, 1).bitwise_left_shift(4)).contiguous();
       stored["weight_scale"] = state.scale.view(at::kFloat8_e4m3fn);
       break;
     }
@@ -85,7 +99,8 @@ StoredTensors ToStored(const Format& format, const GridState& state, StoredTenso
   return stored;
 }
 
-void RunColumns(const at::Tensor& weight, const at::Tensor& factor, bool choose_scales, GridState& state) {
+void RunColumns(const at::Tensor& weight, const at::Tensor& factor, bool choose_scales,
+                GridState& state) {
   const int64_t in = weight.size(1);
   at::Tensor remaining = weight.clone();
   for (int64_t begin = 0; begin < in; begin += kBlockColumns) {
@@ -95,14 +110,16 @@ void RunColumns(const at::Tensor& weight, const at::Tensor& factor, bool choose_
     at::Tensor error = at::empty_like(block);
     at::Tensor scale = state.scale;
     if (state.group > 0) scale = at::empty({block.size(0), columns / state.group}, at::kByte);
-    ops::GptqBlock(state.grid, block, factor.narrow(0, begin, columns).narrow(1, begin, columns), scale, codes,
-                   error, state.global_scale, choose_scales);
+    ops::GptqBlock(state.grid, block, factor.narrow(0, begin, columns).narrow(1, begin, columns),
+                   scale, codes, error, state.global_scale, choose_scales);
     state.codes.narrow(1, begin, columns).copy_(codes);
-    if (state.group > 0) state.scale.narrow(1, begin / state.group, columns / state.group).copy_(scale);
+    if (state.group > 0)
+      state.scale.narrow(1, begin / state.group, columns / state.group).copy_(scale);
     const int64_t right = in - begin - columns;
     if (right == 0) break;
     remaining.narrow(1, begin + columns, right)
-        .sub_(at::matmul(error, factor.narrow(0, begin, columns).narrow(1, begin + columns, right)));
+        .sub_(
+            at::matmul(error, factor.narrow(0, begin, columns).narrow(1, begin + columns, right)));
   }
 }
 
@@ -114,14 +131,16 @@ void HessianAccumulator::Add(const at::Tensor& x, const at::Tensor& token_weight
   for (int64_t begin = 0; begin < x.size(0); begin += kBlockTokens) {
     const int64_t count = std::min(kBlockTokens, x.size(0) - begin);
     at::Tensor block = x.narrow(0, begin, count).to(at::kFloat);
-    if (token_weights.defined()) block = block * token_weights.narrow(0, begin, count).sqrt().unsqueeze(1);
+    if (token_weights.defined())
+      block = block * token_weights.narrow(0, begin, count).sqrt().unsqueeze(1);
     sum_.addmm_(block.t(), block);
   }
   tokens_ += x.size(0);
 }
 
-Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight, const at::Tensor& hessian,
-                              const SharedScales& shared, DType source, const GptqOptions& options) {
+Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
+                              const at::Tensor& hessian, const SharedScales& shared, DType source,
+                              const GptqOptions& options) {
   if (format.grid() == Grid::kNone) {
     return Status::InvalidInput(fmt::format("format {} has no grid to round to", format.name()));
   }
@@ -141,8 +160,9 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight, co
   return result;
 }
 
-Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight, const at::Tensor& train,
-                                 const at::Tensor& held_out, const SharedScales& shared, DType source,
+Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
+                                 const at::Tensor& train, const at::Tensor& held_out,
+                                 const SharedScales& shared, DType source,
                                  const GptqOptions& options) {
   PQ_ASSIGN_OR_RETURN(GptqResult gptq, RenderGptq(format, weight, train, shared, source, options));
   if (gptq.fell_back) return gptq;
@@ -151,8 +171,10 @@ Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
   at::Tensor rtn_decoded = format.Decode(rtn);
   const double gptq_error = OutputError(gptq.decoded, weight, judge);
   const double rtn_error = OutputError(rtn_decoded, weight, judge);
-  gptq.error_ratio = rtn_error > 0 ? gptq_error / rtn_error : 1;
-  if (gptq_error <= rtn_error) return gptq;
+  if (std::isfinite(gptq_error) && gptq_error <= rtn_error) {
+    gptq.error_ratio = rtn_error > 0 ? gptq_error / rtn_error : 1;
+    return gptq;
+  }
   gptq.stored = std::move(rtn);
   gptq.decoded = std::move(rtn_decoded);
   gptq.fell_back = true;

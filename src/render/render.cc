@@ -18,8 +18,11 @@ namespace {
 
 // One sequence in this many is kept out of the Hessian and judges the result.
 constexpr int64_t kHeldOutEvery = 8;
-// A token's weight relative to the mean is cut here, so that a few tokens do not make up the Hessian.
+// A token's weight relative to the mean is cut here, so that a few tokens do not make up the
+// Hessian.
 constexpr double kLargestTokenWeight = 10;
+// The layer with which the probe ends.
+constexpr int kProbedLast = 0;
 
 std::string LayerBlob(const std::string& key, int layer) {
   return fmt::format("render/{}/layer-{}", key, layer);
@@ -69,8 +72,11 @@ class Renderer {
 
   Status Run() {
     const at::NoGradGuard no_grad;
+    PQ_ASSIGN_OR_RETURN(const bool probed, store_.IsDone("backward", kProbedLast));
+    guided_ = options_.guided && probed;
     const auto layers = static_cast<int>(model_.config().num_layers);
-    Progress progress(options_.mode == RenderMode::kGptq ? "render, GPTQ" : "render, RTN", layers, "layers");
+    Progress progress(options_.mode == RenderMode::kGptq ? "render, GPTQ" : "render, RTN", layers,
+                      "layers");
     for (int layer = 0; layer < layers; ++layer) {
       PQ_ASSIGN_OR_RETURN(const bool done, store_.IsDone(StageName(key_), layer));
       if (done) {
@@ -95,21 +101,22 @@ class Renderer {
     if (layer == 0) {
       for (int64_t n = 0; n < windows_.count(); ++n) {
         const auto& window = windows_.windows[n];
-        const at::Tensor ids = at::tensor(std::vector<int64_t>(window.begin(), window.end())).unsqueeze(0);
+        const at::Tensor ids =
+            at::tensor(std::vector<int64_t>(window.begin(), window.end())).unsqueeze(0);
         PQ_ASSIGN_OR_RETURN(states[n].hidden, model_.Embed(ids, options_.compute));
       }
       return states;
     }
     PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store_.Blob(StateBlob(key_, layer)));
     const at::Tensor hidden = TensorFromView(file.tensors().front());
-    for (int64_t n = 0; n < windows_.count(); ++n) states[n].hidden = hidden.narrow(0, n, 1).clone();
+    for (int64_t n = 0; n < windows_.count(); ++n)
+      states[n].hidden = hidden.narrow(0, n, 1).clone();
     return states;
   }
 
   Status LoadTokenWeights(int layer) {
     token_weights_.clear();
-    PQ_ASSIGN_OR_RETURN(const bool probed, store_.IsDone("backward", layer));
-    if (!options_.guided || !probed) return {};
+    if (!guided_) return {};
     PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store_.Blob(TokenWeightBlob(layer)));
     for (const TensorView& view : file.tensors()) {
       const at::Tensor weights = TensorFromView(view);
@@ -127,6 +134,7 @@ class Renderer {
     Rendered rendered;
     for (int s = 0; s < block->num_stages(); ++s) {
       std::vector<at::Tensor> x;
+      x.reserve(states.size());
       for (LayerState& state : states) x.push_back(block->StageInput(s, context_, state));
       StageInputs inputs(std::move(x));
       std::vector<std::vector<at::Tensor>> outputs(states.size());
@@ -165,16 +173,17 @@ class Renderer {
       weight = weight.to(options_.compute.dtype);
       const std::vector<at::Tensor>& x = inputs.For(format, scales);
       for (size_t n = 0; n < outputs.size(); ++n) {
-        outputs[n].push_back(
-            at::linear(x[n], weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt));
+        outputs[n].push_back(at::linear(
+            x[n], weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt));
       }
     }
     return {};
   }
 
   // Leaves the stored tensors in `rendered` and returns the decoded weight, float32 [out, in].
-  Result<at::Tensor> RenderLinear(const LinearInfo& linear, const Format& format, const at::Tensor& weight,
-                                  const SharedScales& scales, StageInputs& inputs, Rendered& rendered) {
+  Result<at::Tensor> RenderLinear(const LinearInfo& linear, const Format& format,
+                                  const at::Tensor& weight, const SharedScales& scales,
+                                  StageInputs& inputs, Rendered& rendered) {
     Json& report = rendered.report[linear.name];
     report["format"] = format.name();
     if (options_.mode == RenderMode::kRtn) {
@@ -187,21 +196,22 @@ class Renderer {
     HessianAccumulator train(linear.in), held_out(linear.in);
     Accumulate(linear, inputs.For(format, scales), train, held_out);
     const at::Tensor held_out_sum = held_out.tokens() > 0 ? held_out.Sum() : at::Tensor();
-    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(format, weight, train.Sum(), held_out_sum, scales,
-                                                         linear.dtype, options_.gptq));
+    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(format, weight, train.Sum(), held_out_sum,
+                                                         scales, linear.dtype, options_.gptq));
     report["rendered"] = result.fell_back ? "rtn" : "gptq";
     if (held_out_sum.defined()) report["error_ratio"] = result.error_ratio;
     rendered.tensors[linear.name] = std::move(result.stored);
     return std::move(result.decoded);
   }
 
-  void Accumulate(const LinearInfo& linear, const std::vector<at::Tensor>& x, HessianAccumulator& train,
-                  HessianAccumulator& held_out) const {
+  void Accumulate(const LinearInfo& linear, const std::vector<at::Tensor>& x,
+                  HessianAccumulator& train, HessianAccumulator& held_out) const {
     const auto weights = token_weights_.find(linear.name);
     const int64_t tokens = windows_.length();
     for (int64_t n = 0; n < windows_.count(); ++n) {
-      const at::Tensor token_weights =
-          weights == token_weights_.end() ? at::Tensor() : weights->second.narrow(0, n * tokens, tokens);
+      const at::Tensor token_weights = weights == token_weights_.end()
+                                           ? at::Tensor()
+                                           : weights->second.narrow(0, n * tokens, tokens);
       HessianAccumulator& sum = n % kHeldOutEvery == kHeldOutEvery - 1 ? held_out : train;
       sum.Add(x[n].reshape({-1, linear.in}), token_weights);
     }
@@ -213,13 +223,15 @@ class Renderer {
     for (const auto& [linear, tensors] : rendered.tensors) {
       for (const auto& [suffix, tensor] : tensors) {
         kept.push_back(tensor.contiguous());
-        blob.push_back({{linear + "." + suffix, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
+        blob.push_back({{fmt::format("{}.{}", linear, suffix), FromScalarType(tensor.scalar_type()),
+                         tensor.sizes().vec()},
                         TensorBytes(kept.back())});
       }
     }
     PQ_RETURN_IF_ERROR(store_.PutBlob(LayerBlob(key_, layer), blob));
     if (layer + 1 < model_.config().num_layers) {
       std::vector<at::Tensor> hidden;
+      hidden.reserve(states.size());
       for (const LayerState& state : states) hidden.push_back(state.hidden);
       const at::Tensor all = at::cat(hidden).contiguous();
       PQ_RETURN_IF_ERROR(store_.PutBlob(
@@ -238,6 +250,7 @@ class Renderer {
   const std::string& key_;
   RunStore& store_;
   SequenceContext context_;
+  bool guided_ = false;
   std::map<std::string, at::Tensor> token_weights_;  // of the current layer, by Linear
 };
 
@@ -259,8 +272,8 @@ Status RenderModel(const Model& model, const TokenWindows& windows, const Format
                     [&] { return Renderer(model, windows, formats, options, key, store).Run(); });
 }
 
-Result<std::map<std::string, StoredTensors>> RenderedLayer(const RunStore& store, const std::string& key,
-                                                           int layer) {
+Result<std::map<std::string, StoredTensors>> RenderedLayer(const RunStore& store,
+                                                           const std::string& key, int layer) {
   PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store.Blob(LayerBlob(key, layer)));
   std::map<std::string, StoredTensors> linears;
   for (const TensorView& view : file.tensors()) {

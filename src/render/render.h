@@ -1,9 +1,10 @@
 #ifndef PRISMAQUANT_RENDER_RENDER_H_
 #define PRISMAQUANT_RENDER_RENDER_H_
 
-// Rendering: turn the weights of every quantized Linear into final codes and scales, stage by stage through the already
-// quantized prefix, so that each Linear is rounded for the inputs that it will really see (docs/rendering.md). Every
-// finished layer is committed to the run store; memory holds one layer and the calibration's activations of one stage.
+// Rendering: turn the weights of every quantized Linear into final codes and scales, stage by stage
+// through the already quantized prefix, so that each Linear is rounded for the inputs that it will
+// really see (docs/rendering.md). Every finished layer is committed to the run store; memory holds
+// one layer and the calibration's activations of one stage.
 
 #include <cstdint>
 #include <map>
@@ -27,7 +28,7 @@ enum class RenderMode {
 struct RenderOptions {
   RenderMode mode = RenderMode::kGptq;
   GptqOptions gptq;
-  // Weight each token of the Hessian by |g_t|^2 of the probe, if the store has it.
+  // Weight each token of the Hessian by |g_t|^2 of the probe, if the store has it for all layers.
   bool guided = true;
   ComputeOptions compute;
 };
@@ -43,14 +44,16 @@ Status RenderModel(const Model& model, const TokenWindows& windows, const Format
                    const RenderOptions& options, const std::string& key, RunStore& store);
 
 // The rendered tensors of one layer, copied from the store: Linear name -> stored tensors.
-Result<std::map<std::string, StoredTensors>> RenderedLayer(const RunStore& store, const std::string& key,
-                                                           int layer);
+Result<std::map<std::string, StoredTensors>> RenderedLayer(const RunStore& store,
+                                                           const std::string& key, int layer);
 
-// What rendering did to each Linear: {"<name>": {"format", "rendered" ("gptq" or "rtn"), "error_ratio"}}.
-// error_ratio: held-out output error relative to round-to-nearest; absent without a held-out sequence.
+// What rendering did to each Linear: {"<name>": {"format", "rendered" ("gptq" or "rtn"),
+// "error_ratio"}}. error_ratio: held-out output error relative to round-to-nearest; absent without
+// a held-out sequence.
 Result<Json> RenderReport(RunStore& store, const std::string& key, int64_t layers);
 
-// Frees the store of a rendering that has been exported.
+// Frees the store of a rendering that has been exported: its tensors and its marks. What
+// RenderReport says, a few bytes per Linear, stays.
 Status DropRendering(RunStore& store, const std::string& key);
 
 }  // namespace prismaquant

@@ -1,0 +1,445 @@
+#include "render/gptq.h"
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace prismaquant {
+namespace {
+
+const std::vector<std::string> kGridFormats = {"nvfp4", "fp8", "mxfp8"};
+
+double Amax(const at::Tensor& x) { return x.abs().max().to(at::kDouble).item<double>(); }
+SharedScales ScalesOf(const at::Tensor& weight) {
+  return {.weight_amax = Amax(weight), .input_amax = 4};
+}
+
+at::Tensor Weight(int64_t out, int64_t in) {
+  torch::manual_seed(in);
+  return torch::randn({out, in}) * 0.02;
+}
+
+// Inputs whose columns have common factors and different sizes.
+at::Tensor CorrelatedInputs(int64_t tokens, int64_t in, int64_t seed) {
+  torch::manual_seed(7);
+  const at::Tensor mixing = torch::randn({8, in});
+  const at::Tensor size = torch::rand({in}) + 0.2;
+  torch::manual_seed(seed);
+  return (torch::randn({tokens, 8}).matmul(mixing) + 0.5 * torch::randn({tokens, in})) * size;
+}
+
+at::Tensor Gram(const at::Tensor& x) { return x.t().matmul(x); }
+at::Tensor CorrelatedHessian(int64_t in) { return Gram(CorrelatedInputs(1024, in, 1)); }
+
+double ExactError(const at::Tensor& decoded, const at::Tensor& weight, const at::Tensor& hessian) {
+  const at::Tensor d = decoded.to(at::kDouble) - weight.to(at::kDouble);
+  return d.matmul(hessian.to(at::kDouble)).mul(d).sum().item<double>();
+}
+
+bool SameStored(const StoredTensors& a, const StoredTensors& b) {
+  if (a.size() != b.size()) return false;
+  for (const auto& [suffix, tensor] : a) {
+    const auto other = b.find(suffix);
+    if (other == b.end() || tensor.sizes() != other->second.sizes()) return false;
+    const at::Tensor x = tensor.contiguous().view(at::kByte);
+    if (!x.equal(other->second.contiguous().view(at::kByte))) return false;
+  }
+  return true;
+}
+
+int64_t DifferentBytes(const StoredTensors& a, const StoredTensors& b) {
+  int64_t count = 0;
+  for (const auto& [suffix, tensor] : a) {
+    count += tensor.contiguous()
+                 .view(at::kByte)
+                 .ne(b.at(suffix).contiguous().view(at::kByte))
+                 .sum()
+                 .item<int64_t>();
+  }
+  return count;
+}
+
+// GPTQ as the paper has it, one column after the other over the whole row, in float64.
+class Reference {
+ public:
+  Reference(const Format& format, bool choose_scales, const SharedScales& shared)
+      : grid_(format.grid()), choose_scales_(choose_scales) {
+    for (int code = 0; code < 127; ++code) {
+      const int exponent = code / 8, mantissa = code % 8;
+      e4m3_.push_back(exponent == 0 ? std::ldexp(mantissa, -9)
+                                    : std::ldexp(8 + mantissa, exponent - 10));
+    }
+    values_ = grid_ == Grid::kE2M1Group16 ? std::vector<double>{0, 0.5, 1, 1.5, 2, 3, 4, 6} : e4m3_;
+    global_ = 2688 / shared.weight_amax;
+  }
+
+  at::Tensor Round(const at::Tensor& weight, const at::Tensor& hessian, double damping) {
+    at::Tensor h = hessian.to(at::kDouble).clone();
+    h.diagonal().add_(damping * h.diagonal().mean().item<double>());
+    const at::Tensor u = at::linalg_cholesky(at::linalg_inv(h), /*upper=*/true).contiguous();
+    at::Tensor w = weight.to(at::kDouble).contiguous();
+    for (int64_t r = 0; r < w.size(0); ++r) {
+      RoundRow(w.mutable_data_ptr<double>() + r * w.size(1), u.const_data_ptr<double>(), w.size(1));
+    }
+    return w;
+  }
+
+ private:
+  static double Nearest(const std::vector<double>& values, double x) {
+    double best = values.front();
+    for (const double value : values) {
+      if (std::abs(value - std::abs(x)) < std::abs(best - std::abs(x))) best = value;
+    }
+    return std::copysign(best, x);
+  }
+
+  static double Largest(const double* w, int64_t n) {
+    double largest = 0;
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::abs(w[i]));
+    return largest;
+  }
+
+  double GroupScale(const double* w, const double* u, int64_t first, int64_t in) const {
+    if (grid_ == Grid::kE4M3Row) return Largest(w, in) / 448;
+    const int64_t group = grid_ == Grid::kE2M1Group16 ? 16 : 32;
+    const double largest = Largest(w, group);
+    std::vector<double> candidates;
+    if (grid_ == Grid::kE4M3Group32) {
+      int exponent = 0;
+      const double fraction = std::frexp(largest, &exponent);
+      const double rule = std::ldexp(1, exponent - 1 + (fraction >= 0.875 ? 1 : 0) - 8);
+      candidates = {rule};
+      if (choose_scales_) candidates = {rule, rule / 2, rule * 2};
+    } else {
+      const double ideal = global_ * largest / 6;
+      candidates = {Nearest(e4m3_, ideal) / global_};
+      for (const double scale : e4m3_) {
+        const bool searched =
+            scale >= Nearest(e4m3_, ideal / 2) && scale <= Nearest(e4m3_, 2 * ideal);
+        if (choose_scales_ && searched && scale > 0) candidates.push_back(scale / global_);
+      }
+    }
+    double best = candidates.front(), least = std::numeric_limits<double>::infinity();
+    for (const double scale : candidates) {
+      double error = 0;
+      for (int64_t i = 0; i < group; ++i) {
+        const double pivot = u[(first + i) * in + first + i];
+        error += std::pow((Nearest(values_, w[i] / scale) * scale - w[i]) / pivot, 2);
+      }
+      if (error < least) std::tie(best, least) = std::make_pair(scale, error);
+    }
+    return best;
+  }
+
+  void RoundRow(double* w, const double* u, int64_t in) const {
+    const int64_t group = grid_ == Grid::kE2M1Group16 ? 16 : grid_ == Grid::kE4M3Group32 ? 32 : in;
+    double scale = 1;
+    for (int64_t j = 0; j < in; ++j) {
+      if (j % group == 0) scale = GroupScale(w + j, u, j, in);
+      const double rounded = Nearest(values_, w[j] / scale) * scale;
+      const double error = (w[j] - rounded) / u[j * in + j];
+      w[j] = rounded;
+      for (int64_t k = j + 1; k < in; ++k) w[k] -= error * u[j * in + k];
+    }
+  }
+
+  Grid grid_;
+  bool choose_scales_;
+  double global_ = 1;
+  std::vector<double> e4m3_, values_;
+};
+
+TEST(HessianAccumulator, SumsOverBlocksOfTokensAndCalls) {
+  torch::manual_seed(3);
+  const at::Tensor x = torch::randn({9001, 24});
+  HessianAccumulator hessian(24);
+  hessian.Add(x.narrow(0, 0, 1), {});
+  hessian.Add(x.narrow(0, 1, 9000), {});
+  EXPECT_EQ(hessian.tokens(), 9001);
+  EXPECT_EQ(hessian.Sum().scalar_type(), at::kFloat);
+  const at::Tensor expected = Gram(x.to(at::kDouble));
+  EXPECT_LT(Amax(hessian.Sum() - expected), 1e-5 * Amax(expected));
+  EXPECT_LT(Amax(hessian.Sum() - hessian.Sum().t()), 1e-6 * Amax(expected));
+}
+
+TEST(HessianAccumulator, WeightsTokens) {
+  torch::manual_seed(4);
+  const at::Tensor x = torch::randn({5000, 12});
+  const at::Tensor weights = torch::rand({5000}) * (torch::rand({5000}) > 0.5).to(at::kFloat);
+  HessianAccumulator weighted(12), plain(12), ones(12);
+  weighted.Add(x, weights);
+  plain.Add(x, {});
+  ones.Add(x, torch::ones({5000}));
+  const at::Tensor d = x.to(at::kDouble);
+  const at::Tensor expected = (d * weights.to(at::kDouble).unsqueeze(1)).t().matmul(d);
+  EXPECT_LT(Amax(weighted.Sum() - expected), 1e-5 * Amax(expected));
+  EXPECT_TRUE(ones.Sum().equal(plain.Sum()));
+}
+
+TEST(HessianAccumulator, WidensBfloat16AndStartsAtZero) {
+  torch::manual_seed(5);
+  const at::Tensor x = torch::randn({300, 8}).to(at::kBFloat16);
+  HessianAccumulator narrow(8), wide(8);
+  EXPECT_EQ(Amax(narrow.Sum()), 0);
+  EXPECT_EQ(narrow.tokens(), 0);
+  narrow.Add(x, {});
+  wide.Add(x.to(at::kFloat), {});
+  EXPECT_TRUE(narrow.Sum().equal(wide.Sum()));
+}
+
+class RenderGptqTest : public ::testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override { at::set_num_threads(1); }
+  const Format& format() const { return *FindFormat(GetParam()); }
+  GptqResult Render(const at::Tensor& weight, const at::Tensor& hessian, GptqOptions options = {},
+                    DType source = DType::kBF16) {
+    Result<GptqResult> result =
+        RenderGptq(format(), weight, hessian, ScalesOf(weight), source, options);
+    EXPECT_TRUE(result.ok()) << result.status().message();
+    const Status checked =
+        CheckStored(format(), result->stored, weight.size(0), weight.size(1), source);
+    EXPECT_TRUE(checked.ok()) << checked.message();
+    EXPECT_TRUE(format().Decode(result->stored).equal(result->decoded));
+    EXPECT_TRUE(result->decoded.isfinite().all().item<bool>());
+    return std::move(result).value();
+  }
+  StoredTensors Nearest(const at::Tensor& weight) const {
+    return format().Encode(weight, ScalesOf(weight), DType::kBF16);
+  }
+  double NearestError(const at::Tensor& weight, const at::Tensor& hessian) const {
+    return ExactError(format().Decode(Nearest(weight)), weight, hessian);
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Formats, RenderGptqTest, ::testing::ValuesIn(kGridFormats));
+
+TEST_P(RenderGptqTest, ErrorIsThatOfTheUnblockedRecursion) {
+  for (const int64_t in : {32, 128, 160, 288}) {
+    const at::Tensor weight = Weight(16, in);
+    const at::Tensor hessian = CorrelatedHessian(in);
+    for (const bool choose_scales : {false, true}) {
+      const GptqOptions options{.damping = 0.1, .choose_scales = choose_scales};
+      const GptqResult result = Render(weight, hessian, options, DType::kF32);
+      Reference reference(format(), choose_scales, ScalesOf(weight));
+      const double expected =
+          ExactError(reference.Round(weight, hessian, options.damping), weight, hessian);
+      EXPECT_NEAR(ExactError(result.decoded, weight, hessian) / expected, 1, 0.03)
+          << in << " columns, scale choice " << choose_scales;
+    }
+  }
+}
+
+TEST_P(RenderGptqTest, BeatsRoundToNearestOnCorrelatedInputs) {
+  const at::Tensor weight = Weight(48, 288);
+  const at::Tensor unseen = Gram(CorrelatedInputs(1024, 288, 2));
+  for (const bool choose_scales : {false, true}) {
+    const GptqResult result =
+        Render(weight, CorrelatedHessian(288), {.damping = 0.1, .choose_scales = choose_scales});
+    EXPECT_FALSE(result.fell_back);
+    EXPECT_LT(ExactError(result.decoded, weight, unseen), 0.7 * NearestError(weight, unseen));
+  }
+}
+
+TEST_P(RenderGptqTest, WidthsThatAreNoMultipleOfTheBlock) {
+  for (const int64_t in : {16, 144, 160, 272, 5}) {
+    if (!format().Supports(8, in)) continue;
+    const at::Tensor weight = Weight(8, in);
+    const at::Tensor hessian = CorrelatedHessian(in);
+    const GptqResult result = Render(weight, hessian);
+    EXPECT_FALSE(result.fell_back);
+    EXPECT_LT(ExactError(result.decoded, weight, hessian), NearestError(weight, hessian)) << in;
+  }
+}
+
+TEST_P(RenderGptqTest, DiagonalHessianWithoutScaleChoiceRoundsToNearest) {
+  at::Tensor weight = Weight(24, 160);
+  weight[3] = 0;
+  weight[4] *= 1e-12;
+  weight.narrow(0, 5, 1).narrow(1, 32, 32).zero_();
+  torch::manual_seed(9);
+  const at::Tensor hessian = torch::diag(torch::rand({160}) + 0.1);
+  const GptqResult result = Render(weight, hessian, {.choose_scales = false});
+  EXPECT_FALSE(result.fell_back);
+  EXPECT_TRUE(result.decoded.equal(format().Decode(Nearest(weight))));
+  for (const char* scale : {"weight_scale", "weight_global_scale", "input_global_scale"}) {
+    const auto nearest = Nearest(weight);
+    if (nearest.count(scale) == 0) continue;
+    EXPECT_TRUE(result.stored.at(scale).view(at::kByte).equal(nearest.at(scale).view(at::kByte)));
+  }
+}
+
+TEST_P(RenderGptqTest, TheScaleOfTheHessianDoesNotMatter) {
+  const at::Tensor weight = Weight(16, 160);
+  at::Tensor hessian = CorrelatedHessian(160);
+  for (const int64_t dead : {0, 3, 64, 65, 159}) {
+    hessian.select(0, dead).zero_();
+    hessian.select(1, dead).zero_();
+  }
+  const GptqResult expected = Render(weight, hessian);
+  for (const int power : {-100, -40, -2, 40, 90}) {
+    const GptqResult scaled = Render(weight, hessian * std::ldexp(1.0, power));
+    EXPECT_TRUE(SameStored(scaled.stored, expected.stored)) << "2^" << power;
+  }
+}
+
+TEST_P(RenderGptqTest, DeadColumnsAreRoundedToNearestAndCostTheOthersNothing) {
+  const at::Tensor weight = Weight(16, 160);
+  at::Tensor x = CorrelatedInputs(1024, 160, 1);
+  x.narrow(1, 32, 64).zero_();
+  const at::Tensor hessian = Gram(x);
+  const GptqResult result = Render(weight, hessian, {.damping = 0.1, .choose_scales = false});
+  EXPECT_FALSE(result.fell_back);
+  const at::Tensor nearest = format().Decode(Nearest(weight));
+  EXPECT_TRUE(result.decoded.narrow(1, 32, 64).equal(nearest.narrow(1, 32, 64)));
+  EXPECT_LT(ExactError(result.decoded, weight, hessian), 0.8 * NearestError(weight, hessian));
+}
+
+TEST_P(RenderGptqTest, SingularHessians) {
+  const at::Tensor weight = Weight(16, 160);
+  for (const int64_t rank : {1, 3}) {
+    const at::Tensor hessian = Gram(CorrelatedInputs(rank, 160, 1));
+    for (const double damping : {0.0, 1e-12, 0.01, 0.3}) {
+      const GptqResult result = Render(weight, hessian, {.damping = damping});
+      EXPECT_FALSE(result.fell_back);
+      EXPECT_LT(ExactError(result.decoded, weight, hessian), NearestError(weight, hessian))
+          << rank << " tokens, damping " << damping;
+    }
+  }
+}
+
+TEST_P(RenderGptqTest, HessiansWithoutAFactorGiveRoundToNearest) {
+  const at::Tensor weight = Weight(16, 160);
+  const at::Tensor good = CorrelatedHessian(160);
+  std::vector<at::Tensor> bad = {at::zeros_like(good), -good};
+  for (const float poison :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    for (const std::pair<int64_t, int64_t> at : {std::pair{0, 0}, {159, 159}, {3, 90}, {90, 3}}) {
+      bad.push_back(good.clone());
+      bad.back()[at.first][at.second] = poison;
+    }
+  }
+  for (const at::Tensor& hessian : bad) {
+    const GptqResult result = Render(weight, hessian);
+    EXPECT_TRUE(result.fell_back);
+    EXPECT_EQ(result.error_ratio, 1);
+    EXPECT_TRUE(SameStored(result.stored, Nearest(weight)));
+  }
+}
+
+TEST_P(RenderGptqTest, IndefiniteHessianIsDampedUntilItHasAFactor) {
+  const at::Tensor weight = Weight(16, 160);
+  at::Tensor hessian = CorrelatedHessian(160);
+  hessian.diagonal().mul_(0.05);
+  ASSERT_LT(torch::linalg_eigvalsh(hessian).min().item<float>(), 0);
+  const GptqResult result = Render(weight, hessian);
+  EXPECT_LT(ExactError(result.decoded, weight, at::eye(160)),
+            1.5 * NearestError(weight, at::eye(160)));
+}
+
+TEST_P(RenderGptqTest, ExtremeWeights) {
+  const at::Tensor hessian = CorrelatedHessian(160);
+  for (const double size : {1e-37, 1e-20, 1e20, 1e36}) {
+    const at::Tensor weight = Weight(16, 160) * size;
+    const GptqResult result = Render(weight, hessian);
+    EXPECT_LE((result.decoded.to(at::kDouble) - weight.to(at::kDouble)).abs().max().item<double>(),
+              Amax(weight))
+        << size;
+  }
+  EXPECT_EQ(Amax(Render(at::zeros({16, 160}), hessian).decoded), 0);
+  at::Tensor outlier = Weight(16, 160);
+  outlier[2][77] = 1e5;
+  const GptqResult result = Render(outlier, hessian);
+  EXPECT_NEAR(result.decoded[2][77].item<double>(), 1e5, 6000);
+}
+
+TEST_P(RenderGptqTest, RepeatedRunsAndOtherThreadCounts) {
+  const at::Tensor weight = Weight(64, 416);
+  const at::Tensor hessian = CorrelatedHessian(416);
+  const GptqResult one = Render(weight, hessian);
+  EXPECT_TRUE(SameStored(one.stored, Render(weight, hessian).stored));
+  at::set_num_threads(2);
+  const GptqResult two = Render(weight, hessian);
+  EXPECT_TRUE(SameStored(two.stored, Render(weight, hessian).stored));
+  EXPECT_LT(DifferentBytes(one.stored, two.stored), weight.numel() / 50);
+  EXPECT_NEAR(ExactError(one.decoded, weight, hessian) / ExactError(two.decoded, weight, hessian),
+              1, 0.01);
+}
+
+TEST_P(RenderGptqTest, GuardKeepsWhatIsBetterOnTheHeldOutInputs) {
+  const at::Tensor weight = Weight(32, 160);
+  const at::Tensor train = CorrelatedHessian(160);
+  const auto guarded = [&](const at::Tensor& held_out) {
+    return *RenderGuarded(format(), weight, train, held_out, ScalesOf(weight), DType::kBF16,
+                          {.damping = 0.01});
+  };
+  const GptqResult plain = Render(weight, train, {.damping = 0.01});
+
+  const at::Tensor alike = Gram(CorrelatedInputs(128, 160, 2));
+  const GptqResult kept = guarded(alike);
+  EXPECT_FALSE(kept.fell_back);
+  EXPECT_TRUE(SameStored(kept.stored, plain.stored));
+  EXPECT_NEAR(kept.error_ratio,
+              ExactError(plain.decoded, weight, alike) / NearestError(weight, alike), 1e-3);
+  EXPECT_LT(kept.error_ratio, 0.7);
+
+  const GptqResult unjudged = guarded({});
+  EXPECT_TRUE(SameStored(unjudged.stored, plain.stored));
+  EXPECT_NEAR(unjudged.error_ratio,
+              ExactError(plain.decoded, weight, train) / NearestError(weight, train), 1e-3);
+
+  const at::Tensor gap = (plain.decoded - weight).select(0, 0).unsqueeze(0);
+  const at::Tensor adverse = Gram(gap) * 1e4;
+  const at::Tensor nan = at::full_like(train, std::numeric_limits<float>::quiet_NaN());
+  const at::Tensor infinite = at::full_like(train, std::numeric_limits<float>::infinity());
+  for (const at::Tensor& held_out : {adverse, nan, infinite}) {
+    const GptqResult refused = guarded(held_out);
+    EXPECT_TRUE(refused.fell_back);
+    EXPECT_EQ(refused.error_ratio, 1);
+    EXPECT_TRUE(SameStored(refused.stored, Nearest(weight)));
+    EXPECT_TRUE(refused.decoded.equal(format().Decode(refused.stored)));
+  }
+}
+
+TEST(RenderGptq, ScaleChoiceHelpsNvfp4) {
+  const Format& format = *FindFormat("nvfp4");
+  const at::Tensor weight = Weight(32, 160);
+  const at::Tensor hessian = CorrelatedHessian(160);
+  const auto error = [&](bool choose_scales) {
+    const auto result = RenderGptq(format, weight, hessian, ScalesOf(weight), DType::kBF16,
+                                   {.choose_scales = choose_scales});
+    return ExactError(result->decoded, weight, hessian);
+  };
+  EXPECT_LT(error(true), 0.95 * error(false));
+}
+
+TEST(RenderGptq, GlobalScalesAreTheFusedSets) {
+  const at::Tensor weight = Weight(8, 64);
+  const SharedScales shared{.weight_amax = 3 * Amax(weight), .input_amax = 7};
+  const auto result =
+      RenderGptq(*FindFormat("nvfp4"), weight, CorrelatedHessian(64), shared, DType::kBF16, {});
+  EXPECT_EQ(result->stored.at("weight_global_scale").item<float>(),
+            2688 / static_cast<float>(shared.weight_amax));
+  EXPECT_EQ(result->stored.at("input_global_scale").item<float>(), 384.0F);
+}
+
+TEST(RenderGptq, FormatWithoutAGridIsRefused) {
+  const auto result = RenderGptq(SourceFormat(), Weight(4, 16), at::eye(16), {}, DType::kBF16, {});
+  EXPECT_EQ(result.status().code(), StatusCode::kInvalidInput);
+  EXPECT_EQ(result.status().message(), "format bf16 has no grid to round to");
+}
+
+TEST(OutputError, IsTheSummedSquaredErrorOfTheOutputs) {
+  const at::Tensor x = CorrelatedInputs(50, 32, 1);
+  const at::Tensor weight = Weight(6, 32), other = Weight(6, 32) + 0.01 * torch::randn({6, 32});
+  const double expected = x.matmul((other - weight).t()).square().sum().item<double>();
+  EXPECT_NEAR(OutputError(other, weight, Gram(x)) / expected, 1, 1e-4);
+}
+
+}  // namespace
+}  // namespace prismaquant
