@@ -1,7 +1,7 @@
 """The whole program on the bundled model: what it writes is loaded by transformers + compressed-tensors and measured there.
 
 The oracle's forward pass is transformers' in float32 with compressed-tensors' activation quantization, its weights decoded
-from the stored bytes by the few lines below.
+from the stored bytes by stored.py.
 """
 import json
 import math
@@ -14,14 +14,14 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
+
+from stored import decode, tensors
 
 ROOT = pathlib.Path(os.environ["PRISMAQUANT_SOURCE_DIR"])
 PROGRAM = os.environ["PRISMAQUANT_BINARY"]
 SOURCE = ROOT / "examples" / "tiny-qwen3_5"
 TEXT = SOURCE / "heldout.txt"
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 COMMON = ["--calibration", str(SOURCE / "calibration.txt"), "--samples", "16", "--tokens", "256", "--precision", "float32"]
 
 
@@ -29,31 +29,6 @@ def run(*args, expect=0):
     done = subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True)
     assert done.returncode == expect, f"exit {done.returncode}: {done.stderr[-2000:]}"
     return done
-
-
-def tensors(folder):
-    found = {}
-    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                assert name not in found
-                found[name] = file.get_tensor(name)
-    return found
-
-
-def decode(stored, name):
-    """float32 weight of a Linear from its stored tensors; None if it is stored plain."""
-    packed = stored.get(name + ".weight_packed")
-    if packed is not None:
-        codes = torch.stack([E2M1[(packed & 15).long()], E2M1[(packed >> 4).long()]], -1).flatten(-2)
-        scale = stored[name + ".weight_scale"].float() / stored[name + ".weight_global_scale"]
-        return (codes.unflatten(-1, (-1, 16)) * scale[..., None]).flatten(-2)
-    weight, scale = stored.get(name + ".weight"), stored.get(name + ".weight_scale")
-    if weight is None or weight.dtype != torch.float8_e4m3fn:
-        return None
-    if scale.dtype == torch.uint8:
-        return (weight.float().unflatten(-1, (-1, 32)) * torch.exp2(scale.float() - 127)[..., None]).flatten(-2)
-    return weight.float() * scale.float()
 
 
 def load(folder):
@@ -71,8 +46,10 @@ def load(folder):
         if name in scales:
             parameter.data = scales[name]
     for name, module in model.named_modules():
-        weight = decode(stored, name) if isinstance(module, torch.nn.Linear) else None
-        if weight is not None:
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        format_name, weight = decode(stored, name)
+        if format_name != "bf16":
             assert getattr(module, "quantization_scheme", None) is not None, name
             module.weight.data = weight
             quantized += 1

@@ -1,13 +1,16 @@
-"""Prompt log-probabilities and greedy continuations from the real vLLM on a CPU.
+"""Prompt log-probabilities and greedy continuations from the real vLLM on a CPU, and what its Linears did.
 
-usage: serve.py MODEL_DIR REQUEST.json RESPONSE.json
+usage: serve.py MODEL_DIR REQUEST.json RESPONSE.json [LINEARS.safetensors]
 
 REQUEST: {"prompts": [[token id, ...], ...], "max_tokens": n}.
 RESPONSE: a list in the same order of {"log_probs": [null, log p of token 1 given token 0, ...] in nats,
 "text": the continuation}.
+LINEARS: "<vLLM's layer name>.input" and ".output" [tokens, ..] of every quantized Linear for the first tokens of the
+first prompt.
 
-vLLM lists no NVFP4 or MXFP8 kernel for CPUs; its own emulation kernels, which quantize activations as a GPU does, are
-registered here. Loading, name mapping, fusing and the choice of schemes are vLLM's.
+vLLM lists no NVFP4 or MXFP8 kernel for CPUs; its own emulation kernels are registered here. That of NVFP4 quantizes
+activations as a GPU does, that of MXFP8 leaves them alone. Loading, name mapping, fusing and the choice of schemes are
+vLLM's.
 """
 
 import json
@@ -15,14 +18,18 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # of the functions below, into this process
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import vllm.model_executor.kernels.linear as kernels
+from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.platforms import PlatformEnum
+
+SEEN_TOKENS = 16
 
 
 def register_emulation_kernels() -> None:
@@ -33,7 +40,29 @@ def register_emulation_kernels() -> None:
         table.setdefault(PlatformEnum.CPU, []).append(kernel)
 
 
-def main(model: str, request_file: str, response_file: str) -> None:
+class Recorder:
+    """Inputs and outputs of the quantized Linears in the first pass that is long enough to be the prompt's."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def attach(self, model) -> None:
+        for name, module in model.named_modules():
+            if type(getattr(module, "quant_method", None)).__name__ == "CompressedTensorsLinearMethod":
+                module.register_forward_hook(self._hook(name))
+
+    def _hook(self, name):
+        def keep(_, inputs, output):
+            y = output[0] if isinstance(output, tuple) else output
+            if name + ".input" in self.seen or inputs[0].shape[0] < SEEN_TOKENS:
+                return
+            self.seen[name + ".input"] = inputs[0][:SEEN_TOKENS].detach().clone()
+            self.seen[name + ".output"] = y[:SEEN_TOKENS].detach().clone()
+
+        return keep
+
+
+def main(model: str, request_file: str, response_file: str, linears_file: str = "") -> None:
     with open(request_file) as file:
         request = json.load(file)
     register_emulation_kernels()
@@ -41,6 +70,9 @@ def main(model: str, request_file: str, response_file: str) -> None:
     engine = LLM(
         model, enforce_eager=True, dtype="bfloat16", seed=0, max_model_len=longest + request["max_tokens"] + 16
     )
+    recorder = Recorder()
+    if linears_file:
+        engine.apply_model(recorder.attach)
     outputs = engine.generate(
         [{"prompt_token_ids": ids} for ids in request["prompts"]],
         SamplingParams(temperature=0, max_tokens=request["max_tokens"], prompt_logprobs=1),
@@ -51,6 +83,8 @@ def main(model: str, request_file: str, response_file: str) -> None:
         response.append({"log_probs": log_probs, "text": output.outputs[0].text})
     with open(response_file, "w") as file:
         json.dump(response, file)
+    if linears_file:
+        save_file(recorder.seen, linears_file)
 
 
 if __name__ == "__main__":

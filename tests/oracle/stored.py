@@ -1,0 +1,35 @@
+"""What the tensors of a checkpoint mean, from the definition of the formats alone (docs/formats.md)."""
+
+import pathlib
+
+import torch
+from safetensors import safe_open
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's *.safetensors."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                assert name not in found, name
+                found[name] = file.get_tensor(name)
+    return found
+
+
+def decode(stored: dict, linear: str) -> tuple[str, torch.Tensor]:
+    """Format and float32 weight of a Linear."""
+    packed, scale = stored.get(linear + ".weight_packed"), stored.get(linear + ".weight_scale")
+    if packed is not None:
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
+        scale = scale.float() / stored[linear + ".weight_global_scale"]
+        return "nvfp4", (E2M1[codes].unflatten(-1, (-1, 16)) * scale[..., None]).flatten(-2)
+    weight = stored[linear + ".weight"]
+    if scale is None:
+        return "bf16", weight.float()
+    if scale.dtype == torch.uint8:
+        scale = torch.exp2(scale.float() - 127)
+        return "mxfp8", (weight.float().unflatten(-1, (-1, 32)) * scale[..., None]).flatten(-2)
+    return "fp8", weight.float() * scale.float()
