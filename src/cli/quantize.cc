@@ -140,7 +140,11 @@ Status RunQuantize(const QuantizeFlags& flags) {
       .command = ReproducingCommand(flags),
       .calibration = std::filesystem::path(flags.calibration.file).filename().string()};
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
-  if (flags.uniform.empty()) PQ_RETURN_IF_ERROR(session->Probe());
+  if (flags.uniform.empty()) {
+    PQ_RETURN_IF_ERROR(session->Probe());
+  } else {
+    delivery.render.guided = false;
+  }
   PQ_RETURN_IF_ERROR(session->Timed("allocate", [&] { return Plan(flags, *session, delivery); }));
   if (flags.json != "-") PrintPlan(delivery.plan, delivery.sweep, session->labels());
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));
@@ -164,7 +168,10 @@ Command AddQuantizeCommand(CLI::App& app) {
   command->add_option("--work", flags->work, "Run store folder (default OUT.work)");
   flags->calibration.Register(*command, /*file_required=*/true);
   flags->plan.Register(*command);
-  command->add_option("--uniform", flags->uniform, "Give every Linear this format; needs no probe")
+  command
+      ->add_option(
+          "--uniform", flags->uniform,
+          "Give every Linear this format; needs no probe, so GPTQ weights all tokens alike")
       ->check(CLI::IsMember({"nvfp4", "fp8", "mxfp8", "bf16"}));
   flags->render.Register(*command);
   command->add_option("--eval-text", flags->eval_text,

@@ -134,8 +134,9 @@ Status WriteFolder(FileSystem& fs, const stdfs::path& folder, int64_t shard_byte
   int64_t total = 0;
   for (size_t s = 0; s < shards.size(); ++s) {
     const std::string name = ShardName(s, shards.size());
-    std::vector<TensorSpec> specs(all.begin() + static_cast<std::ptrdiff_t>(shards[s].first),
-                                  all.begin() + static_cast<std::ptrdiff_t>(shards[s].second));
+    const std::vector<TensorSpec> specs(
+        all.begin() + static_cast<std::ptrdiff_t>(shards[s].first),
+        all.begin() + static_cast<std::ptrdiff_t>(shards[s].second));
     for (const TensorSpec& spec : specs) {
       if (!weight_map.emplace(spec.name, name).second) {
         return Status::InvalidInput(
@@ -143,9 +144,8 @@ Status WriteFolder(FileSystem& fs, const stdfs::path& folder, int64_t shard_byte
       }
       total += spec.bytes();
     }
-    PQ_ASSIGN_OR_RETURN(
-        SafetensorsWriter writer,
-        SafetensorsWriter::Create(fs, folder / name, std::move(specs), ShardMetadata()));
+    PQ_ASSIGN_OR_RETURN(SafetensorsWriter writer,
+                        SafetensorsWriter::Create(fs, folder / name, specs, ShardMetadata()));
     for (size_t i = shards[s].first; i < shards[s].second; ++i) {
       PQ_RETURN_IF_ERROR(WriteTensor(writer, tensors[i]));
     }

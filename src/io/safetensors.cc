@@ -252,7 +252,7 @@ std::string SafetensorsHeader(const std::vector<TensorSpec>& specs,
 }
 
 Result<SafetensorsWriter> SafetensorsWriter::Create(
-    FileSystem& fs, const std::filesystem::path& path, std::vector<TensorSpec> specs,
+    FileSystem& fs, const std::filesystem::path& path, const std::vector<TensorSpec>& specs,
     const std::map<std::string, std::string>& metadata) {
   PQ_RETURN_IF_ERROR(CheckSpecs(path.string(), specs));
   const std::string header = SafetensorsHeader(specs, metadata);

@@ -73,7 +73,7 @@ std::string SafetensorsHeader(const std::vector<TensorSpec>& specs,
 class SafetensorsWriter {
  public:
   static Result<SafetensorsWriter> Create(FileSystem& fs, const std::filesystem::path& path,
-                                          std::vector<TensorSpec> specs,
+                                          const std::vector<TensorSpec>& specs,
                                           const std::map<std::string, std::string>& metadata);
   // Fails if the bytes pass the end of the last tensor.
   Status Append(std::span<const std::byte> bytes);

@@ -10,8 +10,12 @@ namespace {
 
 Status SqliteError(sqlite3* database, const std::string& doing) {
   const char* file = sqlite3_db_filename(database, "main");
-  return Status::System(fmt::format("{}: {}: {}", file == nullptr ? "run store" : file, doing,
-                                    sqlite3_errmsg(database)));
+  const std::string message = fmt::format("{}: {}: {}", file == nullptr ? "run store" : file, doing,
+                                          sqlite3_errmsg(database));
+  const int code = sqlite3_errcode(database) & 0xff;
+  const bool damaged = code == SQLITE_NOTADB || code == SQLITE_CORRUPT;
+  return damaged ? Status::InvalidInput(message + "; use another --work folder")
+                 : Status::System(message);
 }
 
 }  // namespace

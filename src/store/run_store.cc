@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <set>
 #include <utility>
 
 namespace prismaquant {
@@ -15,8 +16,12 @@ namespace {
 constexpr char kDatabaseName[] = "run.sqlite";
 constexpr int64_t kSchemaVersion = 1;
 
-constexpr char kSchema[] = R"(
-CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+// Of each value in a refusal.
+constexpr size_t kShownCharacters = 16;
+constexpr char kLockName[] = "lock";
+
+constexpr char kSchema[] =
+    R"(CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS done (stage TEXT, layer INTEGER, PRIMARY KEY (stage, layer));
 CREATE TABLE IF NOT EXISTS linear (
   name TEXT PRIMARY KEY, layer INTEGER, weight_amax REAL, input_amax REAL,
@@ -42,6 +47,25 @@ Status CheckSchemaVersion(Database& database, const std::filesystem::path& folde
                     folder.string(), version, kSchemaVersion));
   }
   return {};
+}
+
+// A page that a truncation emptied reads as missing rows, not as an error of the query.
+Status CheckIntact(Database& database, const std::filesystem::path& folder) {
+  PQ_ASSIGN_OR_RETURN(Statement check, database.Prepare("PRAGMA integrity_check(1)"));
+  PQ_ASSIGN_OR_RETURN(const bool row, check.Step());
+  if (row && check.Text(0) == "ok") return {};
+  return Status::InvalidInput(fmt::format("{}: the database is damaged; use another --work folder",
+                                          (folder / kDatabaseName).string()));
+}
+
+// Whether a folder without a database holds more than a store that was killed while it was made.
+bool IsForeign(const std::filesystem::path& folder) {
+  std::error_code error;
+  if (std::filesystem::exists(folder / kDatabaseName, error)) return false;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    if (entry.path().filename() != kLockName) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -78,18 +102,19 @@ RunStore::RunStore(FileSystem& fs, std::filesystem::path folder, std::shared_ptr
 
 Result<RunStore> RunStore::Open(FileSystem& fs, const std::filesystem::path& folder) {
   std::error_code error;
-  if (std::filesystem::exists(folder, error) &&
-      !std::filesystem::exists(folder / kDatabaseName, error) &&
-      !std::filesystem::is_empty(folder, error) &&
-      !std::filesystem::exists(folder / "lock", error)) {
+  if (std::filesystem::exists(folder, error) && !std::filesystem::is_directory(folder, error)) {
+    return Status::InvalidInput(fmt::format("{}: is not a folder", folder.string()));
+  }
+  if (IsForeign(folder)) {
     return Status::InvalidInput(
         fmt::format("{}: not a run store (no {}) and not empty; --work needs a folder of its own",
                     folder.string(), kDatabaseName));
   }
   PQ_RETURN_IF_ERROR(fs.CreateDirectories(folder));
-  PQ_ASSIGN_OR_RETURN(std::shared_ptr<Lock> lock, Lock::Take(folder / "lock"));
+  PQ_ASSIGN_OR_RETURN(std::shared_ptr<Lock> lock, Lock::Take(folder / kLockName));
   PQ_ASSIGN_OR_RETURN(Database database, Database::Open(folder / kDatabaseName));
   PQ_RETURN_IF_ERROR(CheckSchemaVersion(database, folder));
+  PQ_RETURN_IF_ERROR(CheckIntact(database, folder));
   PQ_RETURN_IF_ERROR(database.Execute(kSchema));
   PQ_RETURN_IF_ERROR(database.Execute(fmt::format("PRAGMA user_version = {}", kSchemaVersion)));
   return RunStore(fs, folder, std::move(lock), std::move(database));
@@ -128,13 +153,19 @@ Status RunStore::Bind(const std::map<std::string, std::string>& identity) {
       return {};
     });
   }
+  std::set<std::string> keys;
+  for (const auto& [key, value] : stored) keys.insert(key);
+  for (const auto& [key, value] : identity) keys.insert(key);
+  const auto shown = [](const std::map<std::string, std::string>& values, const std::string& key) {
+    const auto found = values.find(key);
+    return found == values.end() ? "(none)" : found->second.substr(0, kShownCharacters);
+  };
   std::string differences;
-  for (const auto& [key, value] : identity) {
-    const auto found = stored.find(key);
-    const std::string before = found == stored.end() ? "(none)" : found->second;
-    if (before == value) continue;
+  for (const std::string& key : keys) {
+    const auto before = stored.find(key), now = identity.find(key);
+    if (before != stored.end() && now != identity.end() && before->second == now->second) continue;
     differences += fmt::format("{}{} {} (this run: {})", differences.empty() ? "" : ", ", key,
-                               before.substr(0, 16), value.substr(0, 16));
+                               shown(stored, key), shown(identity, key));
   }
   if (differences.empty()) return {};
   return Status::InvalidInput(

@@ -1,0 +1,111 @@
+#include "probe/statistics.h"
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <cmath>
+
+namespace prismaquant {
+namespace {
+
+constexpr int64_t kOut = 6, kIn = 64, kTokens = 9;
+
+struct Sequence {
+  at::Tensor x, g;
+};
+
+Sequence MakeSequence(int64_t in) {
+  return {torch::randn({kTokens, in}), torch::randn({kTokens, kOut})};
+}
+
+LinearInfo MakeLinear(int64_t in) {
+  LinearInfo linear;
+  linear.name = linear.unit = "l.q_proj";
+  linear.out = kOut;
+  linear.in = in;
+  return linear;
+}
+
+// sum_t g_t . (dW x_t + W dx_t), element by element in float64.
+double NaiveDirectional(const at::Tensor& weight, const at::Tensor& weight_error,
+                        const at::Tensor& input_error, const Sequence& sequence) {
+  double sum = 0;
+  for (int64_t t = 0; t < kTokens; ++t) {
+    for (int64_t o = 0; o < weight.size(0); ++o) {
+      double change = 0;
+      for (int64_t i = 0; i < weight.size(1); ++i) {
+        change += weight_error[o][i].item<double>() * sequence.x[t][i].item<double>() +
+                  weight[o][i].item<double>() * input_error[t][i].item<double>();
+      }
+      sum += sequence.g[t][o].item<double>() * change;
+    }
+  }
+  return sum;
+}
+
+TEST(LinearStatistics, AreTheDefinitionsOfTheCostModels) {
+  torch::manual_seed(1);
+  const at::Tensor weight = torch::randn({kOut, kIn});
+  const SharedScales scales{.weight_amax = weight.abs().max().item<double>() * 1.5,
+                            .input_amax = 4};
+  LinearStatistics statistics(MakeLinear(kIn), weight, scales);
+  ActivationErrors activations;
+  const Sequence sequences[] = {MakeSequence(kIn), MakeSequence(kIn), MakeSequence(kIn)};
+  double trace = 0, squares = 0;
+  for (const Sequence& s : sequences) {
+    statistics.AddSequence(s.x, s.g, at::matmul(s.g, weight), activations);
+    for (int64_t t = 0; t < kTokens; ++t) {
+      const double g2 = s.g[t].square().sum().item<double>();
+      trace += g2 * s.x[t].square().sum().item<double>();
+      squares += g2;
+    }
+  }
+  const LinearStats stats = statistics.Stats();
+  EXPECT_NEAR(stats.fisher_trace, trace, 1e-4 * trace);
+  EXPECT_NEAR(stats.grad_square, squares, 1e-5 * squares);
+  EXPECT_EQ(stats.tokens, 3 * kTokens);
+  EXPECT_FLOAT_EQ(static_cast<float>(stats.weight_amax), weight.abs().max().item<float>());
+  EXPECT_TRUE(statistics.TokenWeights()
+                  .narrow(0, kTokens, kTokens)
+                  .allclose(sequences[1].g.square().sum(-1)));
+
+  for (const LinearCost& cost : statistics.Costs()) {
+    const Format& format = *FindFormat(cost.format);
+    const StoredTensors stored = format.Encode(weight, scales, DType::kBF16);
+    const at::Tensor error =
+        cost.format == "bf16" ? at::zeros_like(weight) : format.Decode(stored) - weight;
+    EXPECT_NEAR(cost.weight_mse, error.square().mean().item<double>(), 1e-6 * cost.weight_mse);
+    ASSERT_EQ(cost.directional.size(), 3U);
+    for (size_t n = 0; n < 3; ++n) {
+      const at::Tensor input_error =
+          format.QuantizeActivation(sequences[n].x, stored) - sequences[n].x;
+      const double expected = NaiveDirectional(weight, error, input_error, sequences[n]);
+      EXPECT_NEAR(cost.directional[n], expected, 1e-4 * (1 + std::abs(expected))) << cost.format;
+    }
+  }
+  EXPECT_EQ(statistics.Costs().size(), AllFormats().size());
+}
+
+TEST(LinearStatistics, AFormatThatCannotHoldTheWeightHasNoCost) {
+  const at::Tensor weight = torch::randn({kOut, 17});
+  const LinearStatistics statistics(MakeLinear(17), weight, {.weight_amax = 3, .input_amax = 3});
+  for (const LinearCost& cost : statistics.Costs()) {
+    EXPECT_TRUE(FindFormat(cost.format)->Supports(kOut, 17)) << cost.format;
+  }
+  EXPECT_LT(statistics.Costs().size(), AllFormats().size());
+}
+
+TEST(LinearStatistics, AnUnquantizedLinearHasStatisticsButNoCosts) {
+  LinearInfo linear = MakeLinear(kIn);
+  linear.allocatable = false;
+  const at::Tensor weight = torch::randn({kOut, kIn});
+  LinearStatistics statistics(linear, weight, {.weight_amax = 3, .input_amax = 3});
+  ActivationErrors activations;
+  const Sequence s = MakeSequence(kIn);
+  statistics.AddSequence(s.x, s.g, at::matmul(s.g, weight), activations);
+  EXPECT_TRUE(statistics.Costs().empty());
+  EXPECT_GT(statistics.Stats().fisher_trace, 0);
+}
+
+}  // namespace
+}  // namespace prismaquant
