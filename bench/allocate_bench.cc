@@ -1,5 +1,5 @@
-// The exact allocation of 500 units with four formats each. The argument is the budget's place between the smallest and
-// the largest allocation, in percent.
+// The exact allocation of 500 units with four formats each. The argument is the budget's place
+// between the smallest and the largest allocation, in percent.
 
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>

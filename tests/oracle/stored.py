@@ -33,3 +33,12 @@ def decode(stored: dict, linear: str) -> tuple[str, torch.Tensor]:
         scale = torch.exp2(scale.float() - 127)
         return "mxfp8", (weight.float().unflatten(-1, (-1, 32)) * scale[..., None]).flatten(-2)
     return "fp8", weight.float() * scale.float()
+
+
+def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Nearest value of the grid, ties to the even code."""
+    grid = E2M1[:8]
+    below = (torch.bucketize(x.abs(), grid, right=True) - 1).clamp(max=6)
+    middle = (grid[below] + grid[below + 1]) / 2
+    up = (x.abs() > middle) | ((x.abs() == middle) & (below % 2 == 1))
+    return grid[below + up.long()].copysign(x)

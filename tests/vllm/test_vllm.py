@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "oracle"))
-from stored import E2M1, decode, tensors  # noqa: E402
+from stored import decode, round_to_e2m1, tensors  # noqa: E402
 
 BINARY = os.environ["PRISMAQUANT_BINARY"]
 SOURCE_DIR = pathlib.Path(os.environ["PRISMAQUANT_SOURCE_DIR"])
@@ -111,15 +111,6 @@ def quantize_input(stored: dict, linear: str, name: str, x: torch.Tensor) -> tor
         scaled = (groups * inverse.where(scale > 0, 0)).clamp(-6, 6)
         return (round_to_e2m1(scaled) * (scale / global_scale)).flatten(-2)
     return x
-
-
-def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Nearest value of the grid, ties to the even code."""
-    grid = E2M1[:8]
-    below = (torch.bucketize(x.abs(), grid, right=True) - 1).clamp(max=6)
-    middle = (grid[below] + grid[below + 1]) / 2
-    up = (x.abs() > middle) | ((x.abs() == middle) & (below % 2 == 1))
-    return grid[below + up.long()].copysign(x)
 
 
 def check_linears(out: pathlib.Path, folder: pathlib.Path) -> None:
