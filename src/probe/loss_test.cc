@@ -4,20 +4,19 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <set>
 #include <utility>
-
-#include "probe/linear_probe.h"
+#include <vector>
 
 namespace prismaquant {
 namespace {
 
-constexpr int64_t kVocabulary = 11, kHidden = 5;
-
-class PlainHead : public OutputHead {
+// logits = 3 tanh(x) W^T, in x's dtype.
+class TanhHead : public OutputHead {
  public:
-  explicit PlainHead(at::Tensor weight) : weight_(std::move(weight)) {}
+  explicit TanhHead(at::Tensor weight) : weight_(std::move(weight)) {}
   at::Tensor Logits(const at::Tensor& hidden) const override {
-    return at::linear(hidden.tanh(), weight_);
+    return 3 * at::matmul(at::tanh(hidden), weight_.t());
   }
   int64_t vocab_size() const override { return weight_.size(0); }
 
@@ -25,133 +24,177 @@ class PlainHead : public OutputHead {
   at::Tensor weight_;
 };
 
-PlainHead MakeHead(at::ScalarType type) {
-  torch::manual_seed(1);
-  return PlainHead(torch::randn({kVocabulary, kHidden}).to(type));
-}
+// The hidden state is the logits, so that a gradient row is softmax(x) - onehot(label).
+class IdentityHead : public OutputHead {
+ public:
+  explicit IdentityHead(int64_t vocab_size) : vocab_size_(vocab_size) {}
+  at::Tensor Logits(const at::Tensor& hidden) const override { return hidden * 1; }
+  int64_t vocab_size() const override { return vocab_size_; }
 
-std::vector<int32_t> MakeIds(int64_t tokens) {
+ private:
+  int64_t vocab_size_;
+};
+
+std::vector<int32_t> Ids(int64_t tokens, int64_t vocab_size) {
   std::vector<int32_t> ids;
-  for (int64_t t = 0; t < tokens; ++t) ids.push_back(static_cast<int32_t>(t * 7 % kVocabulary));
+  for (int64_t t = 0; t < tokens; ++t) ids.push_back(static_cast<int32_t>(t * t % vocab_size));
   return ids;
 }
 
-TEST(UniformAt, IsAPureFunctionInTheUnitInterval) {
-  double sum = 0, squares = 0;
-  constexpr int kDraws = 20000;
-  for (int i = 0; i < kDraws; ++i) {
-    const double u = UniformAt(3, static_cast<uint64_t>(i / 100), static_cast<uint64_t>(i % 100));
-    ASSERT_GE(u, 0);
-    ASSERT_LT(u, 1);
-    sum += u;
-    squares += u * u;
+// Summed cross-entropy of the next tokens, in float64 from the definition.
+double NextTokenLoss(const OutputHead& head, const at::Tensor& hidden,
+                     const std::vector<int32_t>& ids) {
+  const at::Tensor logits = head.Logits(hidden);
+  double loss = 0;
+  for (size_t t = 0; t + 1 < ids.size(); ++t) {
+    const double* row = logits[static_cast<int64_t>(t)].const_data_ptr<double>();
+    double sum = 0;
+    for (int64_t v = 0; v < head.vocab_size(); ++v) sum += std::exp(row[v]);
+    loss += std::log(sum) - row[ids[t + 1]];
   }
-  EXPECT_NEAR(sum / kDraws, 0.5, 0.01);
-  EXPECT_NEAR(squares / kDraws, 1.0 / 3, 0.01);
-  EXPECT_EQ(UniformAt(1, 2, 3), UniformAt(1, 2, 3));
-  EXPECT_NE(UniformAt(1, 2, 3), UniformAt(1, 3, 2));
-  EXPECT_NE(UniformAt(1, 2, 3), UniformAt(2, 2, 3));
+  return loss;
 }
 
-class LossRules : public ::testing::TestWithParam<LabelRule> {};
+std::vector<int64_t> SampledLabels(const at::Tensor& logits, int64_t sequence, uint64_t seed) {
+  const int64_t tokens = logits.size(0), vocab = logits.size(1);
+  const SequenceLoss result =
+      LossAndGradient(IdentityHead(vocab), logits, Ids(tokens, vocab), sequence, {.seed = seed});
+  const at::Tensor onehot = at::softmax(logits, -1) - result.gradient;
+  const at::Tensor labels = onehot.argmax(-1);
+  EXPECT_TRUE(at::allclose(onehot, at::one_hot(labels, vocab).to(onehot.scalar_type()), 0, 1e-5));
+  const double loss =
+      -at::log_softmax(logits, -1).gather(1, labels.unsqueeze(1)).sum().item<double>();
+  EXPECT_NEAR(result.loss, loss, 1e-5 * loss);
+  return {labels.const_data_ptr<int64_t>(), labels.const_data_ptr<int64_t>() + tokens};
+}
 
-TEST_P(LossRules, GradientIsThatOfCentralDifferences) {
-  const PlainHead head = MakeHead(at::kDouble);
-  const std::vector<int32_t> ids = MakeIds(9);
-  const at::Tensor hidden = torch::randn({9, kHidden}, at::kDouble);
-  const ProbeOptions options{.labels = GetParam(), .seed = 5, .compute = {.dtype = at::kDouble}};
-  const SequenceLoss exact = LossAndGradient(head, hidden, ids, 2, options);
-  EXPECT_GT(exact.loss, 0);
-  // Losses come out in float32: steps and tolerance are wide.
-  constexpr double kStep = 1e-2;
+TEST(UniformAt, LiesInTheHalfOpenUnitIntervalAndIsUniform) {
+  constexpr int kCount = 20000, kBins = 20;
+  double sum = 0, square = 0, lag = 0, previous = 0.5;
+  std::vector<int> bins(kBins, 0);
+  for (int i = 0; i < kCount; ++i) {
+    const double u = UniformAt(7, i / 100, i % 100);
+    ASSERT_GE(u, 0);
+    ASSERT_LT(u, 1);
+    ++bins[static_cast<int>(u * kBins)];
+    sum += u;
+    square += u * u;
+    lag += (u - 0.5) * (previous - 0.5);
+    previous = u;
+  }
+  EXPECT_NEAR(sum / kCount, 0.5, 0.01);
+  EXPECT_NEAR(square / kCount, 1.0 / 3, 0.01);
+  EXPECT_NEAR(lag / kCount, 0, 0.005);
+  for (const int bin : bins) EXPECT_NEAR(bin, kCount / kBins, 160);
+}
+
+TEST(UniformAt, EveryArgumentMatters) {
+  std::set<double> values;
+  for (uint64_t seed = 0; seed < 10; ++seed) {
+    for (uint64_t sequence = 0; sequence < 10; ++sequence) {
+      for (uint64_t position = 0; position < 10; ++position)
+        values.insert(UniformAt(seed, sequence, position));
+    }
+  }
+  EXPECT_EQ(values.size(), 1000U);
+  EXPECT_EQ(UniformAt(1, 2, 3), UniformAt(1, 2, 3));
+}
+
+TEST(LossAndGradient, DataLabelsAgreeWithFiniteDifferences) {
+  torch::manual_seed(3);
+  const TanhHead head(torch::randn({11, 6}, at::kDouble));
+  const at::Tensor hidden = torch::randn({9, 6}, at::kDouble);
+  const std::vector<int32_t> ids = Ids(9, 11);
+  const SequenceLoss result = LossAndGradient(head, hidden, ids, 0, {.labels = LabelRule::kData});
+  EXPECT_NEAR(result.loss, NextTokenLoss(head, hidden, ids), 1e-5 * result.loss);
+  ASSERT_EQ(result.gradient.sizes(), hidden.sizes());
+  EXPECT_EQ(result.gradient.scalar_type(), at::kDouble);
+  constexpr double kStep = 1e-5;
   for (int64_t t = 0; t < 9; ++t) {
-    for (int64_t i = 0; i < kHidden; ++i) {
+    for (int64_t i = 0; i < 6; ++i) {
       at::Tensor up = hidden.clone(), down = hidden.clone();
       up[t][i] += kStep;
       down[t][i] -= kStep;
-      const double slope = (LossAndGradient(head, up, ids, 2, options).loss -
-                            LossAndGradient(head, down, ids, 2, options).loss) /
-                           (2 * kStep);
-      EXPECT_NEAR(exact.gradient[t][i].item<double>(), slope, 2e-3) << t << " " << i;
+      const double slope =
+          (NextTokenLoss(head, up, ids) - NextTokenLoss(head, down, ids)) / (2 * kStep);
+      EXPECT_NEAR(result.gradient[t][i].item<double>(), slope, 1e-5) << t << " " << i;
     }
   }
+  EXPECT_EQ(result.gradient[8].abs().max().item<double>(), 0) << "the last token has no label";
 }
 
-INSTANTIATE_TEST_SUITE_P(Loss, LossRules, ::testing::Values(LabelRule::kSampled, LabelRule::kData));
+TEST(LossAndGradient, BlocksMakeNoDifference) {
+  torch::manual_seed(4);
+  const TanhHead head(torch::randn({5, 4}, at::kDouble));
+  const at::Tensor hidden = torch::randn({1300, 4}, at::kDouble);
+  const std::vector<int32_t> ids = Ids(1300, 5);
+  const SequenceLoss result = LossAndGradient(head, hidden, ids, 0, {.labels = LabelRule::kData});
+  EXPECT_NEAR(result.loss, NextTokenLoss(head, hidden, ids), 1e-5 * result.loss);
+  const at::Tensor x = hidden.clone().requires_grad_(true);
+  const at::Tensor targets =
+      at::tensor(std::vector<int64_t>(ids.begin() + 1, ids.end())).unsqueeze(1);
+  const at::Tensor loss =
+      -at::log_softmax(head.Logits(x), -1).narrow(0, 0, 1299).gather(1, targets).sum();
+  const at::Tensor expected = torch::autograd::grad({loss}, {x})[0];
+  EXPECT_TRUE(at::allclose(result.gradient, expected, 1e-4, 1e-5));
+}
 
-TEST(Loss, DataLabelsAreTheNextTokensAndSummed) {
-  const PlainHead head = MakeHead(at::kFloat);
-  const std::vector<int32_t> ids = MakeIds(6);
-  const at::Tensor hidden = torch::randn({6, kHidden});
-  const SequenceLoss found = LossAndGradient(head, hidden, ids, 0, {.labels = LabelRule::kData});
-  const at::Tensor log_probs = at::log_softmax(head.Logits(hidden), -1);
-  double expected = 0;
-  for (int64_t t = 0; t + 1 < 6; ++t) {
-    expected -= log_probs[t][ids[static_cast<size_t>(t) + 1]].item<double>();
+TEST(LossAndGradient, OneTokenHasNoDataLabel) {
+  const SequenceLoss result =
+      LossAndGradient(IdentityHead(4), torch::randn({1, 4}), {2}, 0, {.labels = LabelRule::kData});
+  EXPECT_EQ(result.loss, 0);
+  EXPECT_EQ(result.gradient.abs().max().item<double>(), 0);
+}
+
+TEST(LossAndGradient, Bfloat16StaysBfloat16) {
+  torch::manual_seed(5);
+  const at::Tensor hidden = torch::randn({6, 8}).to(at::kBFloat16);
+  const ProbeOptions options{.labels = LabelRule::kData};
+  const SequenceLoss low = LossAndGradient(IdentityHead(8), hidden, Ids(6, 8), 0, options);
+  const SequenceLoss high =
+      LossAndGradient(IdentityHead(8), hidden.to(at::kFloat), Ids(6, 8), 0, options);
+  EXPECT_EQ(low.gradient.scalar_type(), at::kBFloat16);
+  EXPECT_TRUE(at::allclose(low.gradient.to(at::kFloat), high.gradient, 0.01, 0.01));
+  EXPECT_NEAR(low.loss, high.loss, 1e-5 * high.loss);
+}
+
+TEST(SampledLabels, DependOnSeedSequenceAndPositionAlone) {
+  torch::manual_seed(6);
+  const at::Tensor logits = torch::randn({1100, 7});
+  const std::vector<int64_t> labels = SampledLabels(logits, 3, 9);
+  EXPECT_EQ(SampledLabels(logits, 3, 9), labels);
+  EXPECT_NE(SampledLabels(logits, 4, 9), labels);
+  EXPECT_NE(SampledLabels(logits, 3, 10), labels);
+  for (const int64_t length : {1, 100, 600}) {
+    const std::vector<int64_t> shorter = SampledLabels(logits.narrow(0, 0, length), 3, 9);
+    EXPECT_EQ(shorter, std::vector<int64_t>(labels.begin(), labels.begin() + length));
   }
-  EXPECT_NEAR(found.loss, expected, 1e-5);
-  EXPECT_EQ(found.gradient[5].abs().max().item<float>(), 0) << "the last position has no label";
+  at::Tensor other = torch::randn({1100, 7});
+  other[700] = logits[700];
+  EXPECT_EQ(SampledLabels(other, 3, 9)[700], labels[700]);
 }
 
-TEST(Loss, SampledLabelsDependOnSeedSequenceAndPositionOnly) {
-  const PlainHead head = MakeHead(at::kFloat);
-  const at::Tensor hidden = torch::randn({40, kHidden});
-  const auto gradient = [&](const at::Tensor& x, int64_t sequence, uint64_t seed) {
-    const auto ids = MakeIds(x.size(0));
-    return LossAndGradient(head, x, ids, sequence, {.seed = seed}).gradient;
-  };
-  EXPECT_TRUE(gradient(hidden, 1, 0).equal(gradient(hidden, 1, 0)));
-  EXPECT_TRUE(
-      gradient(hidden, 1, 0).narrow(0, 0, 20).allclose(gradient(hidden.narrow(0, 0, 20), 1, 0)));
-  EXPECT_FALSE(gradient(hidden, 1, 0).allclose(gradient(hidden, 2, 0)));
-  EXPECT_FALSE(gradient(hidden, 1, 0).allclose(gradient(hidden, 1, 1)));
+TEST(SampledLabels, TheTextHasNoSay) {
+  const at::Tensor logits = torch::randn({20, 7});
+  const IdentityHead head(7);
+  const SequenceLoss a = LossAndGradient(head, logits, std::vector<int32_t>(20, 0), 1, {.seed = 2});
+  const SequenceLoss b = LossAndGradient(head, logits, Ids(20, 7), 1, {.seed = 2});
+  EXPECT_EQ(a.loss, b.loss);
+  EXPECT_TRUE(a.gradient.equal(b.gradient));
 }
 
-TEST(Loss, SampledLabelsFollowTheModelsDistribution) {
-  const PlainHead head = MakeHead(at::kFloat);
-  constexpr int64_t kPositions = 8000;
-  const at::Tensor row = torch::randn({1, kHidden});
-  const SequenceLoss found = LossAndGradient(head, row.repeat({kPositions, 1}), MakeIds(kPositions),
-                                             0, {.labels = LabelRule::kSampled});
-  const at::Tensor log_probs = at::log_softmax(head.Logits(row), -1);
-  const double entropy = -(log_probs.exp() * log_probs).sum().item<double>();
-  EXPECT_NEAR(found.loss / kPositions, entropy, 0.04);
-  // The expected score is zero.
-  EXPECT_LT(found.gradient.mean(0).abs().max().item<double>(), 0.05);
-}
-
-class Recorder : public LinearObserver {
- public:
-  void Observe(int seen, const at::Tensor& input, const at::Tensor& output_gradient,
-               const at::Tensor& input_gradient) override {
-    id = seen;
-    x = input.clone();
-    g = output_gradient.clone();
-    dx = input_gradient.clone();
+TEST(SampledLabels, FrequenciesAreTheSoftmax) {
+  constexpr int64_t kPositions = 6000;
+  const at::Tensor row = at::tensor({1.0F, -2.0F, 0.5F, 2.0F, -1e4F, 0.0F});
+  const at::Tensor logits = row.expand({kPositions, 6}).contiguous();
+  const at::Tensor probabilities = at::softmax(row.to(at::kDouble), -1);
+  std::vector<int64_t> counts(6, 0);
+  for (const int64_t label : SampledLabels(logits, 0, 1)) ++counts[label];
+  for (int64_t v = 0; v < 6; ++v) {
+    const double p = probabilities[v].item<double>();
+    const double deviation = std::sqrt(p * (1 - p) / kPositions);
+    EXPECT_NEAR(static_cast<double>(counts[v]) / kPositions, p, 4.5 * deviation + 1e-12) << v;
   }
-  int id = -1;
-  at::Tensor x, g, dx;
-};
-
-TEST(LinearProbe, ShowsWhatAutogradComputes) {
-  torch::manual_seed(3);
-  const at::Tensor weight = torch::randn({4, 6}, at::kDouble),
-                   bias = torch::randn({4}, at::kDouble);
-  const at::Tensor x = torch::randn({1, 3, 6}, at::kDouble).requires_grad_(true);
-  Recorder recorder;
-  const at::Tensor y = ApplyProbed(x, weight, bias, 7, recorder);
-  EXPECT_TRUE(y.allclose(at::linear(x, weight, bias)));
-  const at::Tensor loss = (y.sin() * y).sum();
-  const at::Tensor dx = torch::autograd::grad({loss}, {x})[0];
-
-  const at::Tensor plain = x.detach().clone().requires_grad_(true);
-  const at::Tensor y_plain = at::linear(plain, weight, bias);
-  const auto expected = torch::autograd::grad({(y_plain.sin() * y_plain).sum()}, {plain, y_plain});
-  EXPECT_EQ(recorder.id, 7);
-  EXPECT_TRUE(dx.allclose(expected[0]));
-  EXPECT_TRUE(recorder.dx.allclose(expected[0].flatten(0, 1)));
-  EXPECT_TRUE(recorder.g.allclose(expected[1].flatten(0, 1)));
-  EXPECT_TRUE(recorder.x.equal(x.detach().flatten(0, 1)));
 }
 
 }  // namespace

@@ -138,7 +138,7 @@ def test_every_linear_agrees(found, reference):
             s = reference.directional(name, number_format)
             expected = (s.square().sum() / 2 / tokens).item()
             # A rounding difference of an input flips a code now and then.
-            assert cost["directional"] == pytest.approx(expected, rel=0.01, abs=1e-9), (name, number_format)
+            assert cost["directional"] == pytest.approx(expected, rel=0.03, abs=1e-9), (name, number_format)
             compared += 1
     assert compared > 150
 
@@ -159,7 +159,7 @@ def test_threads_change_only_rounding(found, tmp_path):
         assert one["linears"][name]["fisher_trace"] == pytest.approx(entry["fisher_trace"], rel=1e-4)
         for number_format, cost in entry["costs"].items():
             other = one["linears"][name]["costs"][number_format]["directional"]
-            assert other == pytest.approx(cost["directional"], rel=0.01, abs=1e-9)
+            assert other == pytest.approx(cost["directional"], rel=0.03, abs=1e-9)
 
 
 def test_a_repeated_probe_is_the_same(found, work, tmp_path):
