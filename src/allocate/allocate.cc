@@ -13,15 +13,11 @@
 namespace prismaquant {
 namespace {
 
-// States that the exact stage may hold; beyond this the answer is the best one found, with its true
-// gap.
-constexpr size_t kMaxStates = 20'000'000;
-
 // A choice worth considering: no other choice of its unit is as small and as good.
 struct Option {
-  int index = 0;  // into Unit::choices
-  int64_t bytes = 0;
-  double cost = 0;
+  int index = 0;      // into Unit::choices
+  int64_t bytes = 0;  // above the smallest choice of the unit, so that prices multiply no offset
+  double cost = 0;    // in units of 2^CostExponent
 };
 
 struct Item {
@@ -29,20 +25,35 @@ struct Item {
   std::vector<int> hull;        // options on the lower convex hull
 };
 
+double Slope(const Option& small, const Option& large) {
+  return (small.cost - large.cost) / static_cast<double>(large.bytes - small.bytes);
+}
+
 // One step along a hull: more bytes for less cost.
 struct Step {
   int item = 0;
-  int from = 0, to = 0;  // positions in the hull
+  int to = 0;  // option
   int64_t bytes = 0;
-  double gain = 0;
-  double slope() const { return gain / static_cast<double>(bytes); }
+  double slope = 0;
 };
 
-Item MakeItem(const Unit& unit) {
+// Binary exponent of the largest cost: scaled by it, no product or quotient leaves double's range.
+int CostExponent(const std::vector<Unit>& units) {
+  double largest = 0;
+  for (const Unit& unit : units) {
+    for (const Choice& choice : unit.choices) largest = std::max(largest, choice.cost);
+  }
+  return largest > 0 ? std::ilogb(largest) : 0;
+}
+
+Item MakeItem(const Unit& unit, int exponent) {
   Item item;
   std::vector<Option> all;
+  int64_t smallest = std::numeric_limits<int64_t>::max();
+  for (const Choice& choice : unit.choices) smallest = std::min(smallest, choice.bytes);
   for (size_t i = 0; i < unit.choices.size(); ++i) {
-    all.push_back({static_cast<int>(i), unit.choices[i].bytes, unit.choices[i].cost});
+    all.push_back({static_cast<int>(i), unit.choices[i].bytes - smallest,
+                   std::scalbn(unit.choices[i].cost, -exponent)});
   }
   std::sort(all.begin(), all.end(), [](const Option& a, const Option& b) {
     return std::tie(a.bytes, a.cost, a.index) < std::tie(b.bytes, b.cost, b.index);
@@ -55,9 +66,7 @@ Item MakeItem(const Unit& unit) {
     while (item.hull.size() >= 2) {
       const Option& a = item.options[item.hull[item.hull.size() - 2]];
       const Option& b = item.options[item.hull.back()];
-      const Option& c = item.options[i];
-      const double along = (a.cost - b.cost) * static_cast<double>(c.bytes - b.bytes);
-      if (along > (b.cost - c.cost) * static_cast<double>(b.bytes - a.bytes)) break;
+      if (Slope(a, b) > Slope(b, item.options[i])) break;
       item.hull.pop_back();
     }
     item.hull.push_back(i);
@@ -69,7 +78,8 @@ Item MakeItem(const Unit& unit) {
 struct Relaxation {
   std::vector<int> option;  // per item, the integral part
   int64_t bytes = 0;        // of the integral part
-  double bound = 0;         // least cost of the relaxation
+  std::vector<int> upper;   // the same with the broken step taken whole
+  int64_t over = 0;         // bytes of `upper` beyond the budget
   double price = 0;         // slope of the broken step; 0 if everything fits
 };
 
@@ -79,33 +89,29 @@ Relaxation Relax(const std::vector<Item>& items, int64_t budget) {
   for (size_t i = 0; i < items.size(); ++i) {
     const Item& item = items[i];
     r.option.push_back(item.hull.front());
-    r.bytes += item.options[item.hull.front()].bytes;
     for (size_t h = 1; h < item.hull.size(); ++h) {
       const Option& a = item.options[item.hull[h - 1]];
       const Option& b = item.options[item.hull[h]];
-      steps.push_back({static_cast<int>(i), static_cast<int>(h - 1), static_cast<int>(h),
-                       b.bytes - a.bytes, a.cost - b.cost});
+      steps.push_back({static_cast<int>(i), item.hull[h], b.bytes - a.bytes, Slope(a, b)});
     }
   }
   std::stable_sort(steps.begin(), steps.end(),
-                   [](const Step& a, const Step& b) { return a.slope() > b.slope(); });
-  double fraction_gain = 0;
+                   [](const Step& a, const Step& b) { return a.slope > b.slope; });
   for (const Step& step : steps) {
     if (r.bytes + step.bytes > budget) {
-      r.price = step.slope();
-      fraction_gain = r.price * static_cast<double>(budget - r.bytes);
-      break;
+      r.upper = r.option;
+      r.upper[step.item] = step.to;
+      r.over = r.bytes + step.bytes - budget;
+      r.price = step.slope;
+      return r;
     }
     r.bytes += step.bytes;
-    r.option[step.item] = items[step.item].hull[step.to];
+    r.option[step.item] = step.to;
   }
-  for (size_t i = 0; i < items.size(); ++i) r.bound += items[i].options[r.option[i]].cost;
-  r.bound -= fraction_gain;
+  r.upper = r.option;
   return r;
 }
 
-// A feasible choice: the relaxation's integral part, then repeatedly the fitting upgrade that gains
-// most per byte.
 struct Incumbent {
   std::vector<int> option;
   int64_t bytes = 0;
@@ -118,8 +124,10 @@ double CostOf(const std::vector<Item>& items, const std::vector<int>& option) {
   return cost;
 }
 
-Incumbent Fill(const std::vector<Item>& items, const Relaxation& relaxation, int64_t budget) {
-  Incumbent best{.option = relaxation.option, .bytes = relaxation.bytes, .cost = 0};
+// Repeatedly the fitting upgrade that gains most per byte, until none fits.
+Incumbent Fill(const std::vector<Item>& items, int64_t budget, std::vector<int> option) {
+  Incumbent best{.option = std::move(option), .bytes = 0, .cost = 0};
+  for (size_t i = 0; i < items.size(); ++i) best.bytes += items[i].options[best.option[i]].bytes;
   while (true) {
     double best_slope = 0;
     int item = -1, target = -1;
@@ -128,7 +136,7 @@ Incumbent Fill(const std::vector<Item>& items, const Relaxation& relaxation, int
       for (size_t o = best.option[i] + 1; o < items[i].options.size(); ++o) {
         const Option& next = items[i].options[o];
         if (best.bytes + next.bytes - now.bytes > budget) break;
-        const double slope = (now.cost - next.cost) / static_cast<double>(next.bytes - now.bytes);
+        const double slope = Slope(now, next);
         if (slope > best_slope) {
           best_slope = slope;
           item = static_cast<int>(i);
@@ -144,178 +152,187 @@ Incumbent Fill(const std::vector<Item>& items, const Relaxation& relaxation, int
   return best;
 }
 
-// The exact stage. With the price of the relaxation every option has a reduced cost r >= 0 (what it
-// loses against its item's best at that price). A solution better than the incumbent spends less
-// than the gap on reduced costs and unused bytes together, so options with r >= gap drop out, and
-// the rest is searched by dynamic programming over (bytes above the relaxed choice, reduced cost),
-// items with the largest stakes first, keeping undominated states within the gap.
+// The exact stage. At the price p of the relaxation every option has a reduced cost r >= 0, what it
+// loses against the option of its item in `upper`, and every allocation costs
+//   dual + sum of r + p * (unused bytes),   dual = cost of `upper` + p * over.
+// So options and partial allocations whose sum reaches the incumbent drop out, and the rest is
+// searched by dynamic programming over (bytes, cost), items with the largest stakes first. All
+// terms that are compared are sums of parts no larger than the incumbent; `tolerance_` covers their
+// rounding.
 class Core {
  public:
   Core(const std::vector<Item>& items, int64_t budget, const Relaxation& relaxation,
-       Incumbent incumbent)
-      : items_(items), budget_(budget), price_(relaxation.price), best_(std::move(incumbent)) {
-    double dual = -price_ * static_cast<double>(budget);
-    for (size_t i = 0; i < items_.size(); ++i) {
-      double lowest = std::numeric_limits<double>::infinity();
-      for (const Option& option : items_[i].options) lowest = std::min(lowest, Penalised(option));
-      lowest_.push_back(lowest);
-      dual += lowest;
-    }
-    dual_ = dual;
-  }
+       Incumbent incumbent, size_t max_states)
+      : items_(items),
+        budget_(budget),
+        max_states_(std::max<size_t>(max_states, 1)),
+        upper_(relaxation.upper),
+        price_(relaxation.price),
+        over_price_(price_ * static_cast<double>(relaxation.over)),
+        tolerance_(8 * std::numeric_limits<double>::epsilon() *
+                   static_cast<double>(items.size() + 1)),
+        best_(std::move(incumbent)) {}
 
-  // True if the incumbent is now proven optimal.
+  // True if the incumbent is now proven optimal. An incumbent far above the optimum makes for
+  // coarse rounding, so a search that halved it is repeated from what it found.
   bool Solve() {
-    const double gap = best_.cost - dual_;
-    const double tolerance = 1e-12 * std::max(1e-300, std::abs(best_.cost) + std::abs(dual_));
-    if (gap <= tolerance) return true;
-    std::vector<int> order = Undecided(gap);
-    if (order.empty()) return Finish({}, {});
-    return Search(order, gap);
+    while (true) {
+      const double before = best_.cost;
+      if (!Improve()) return false;
+      if (best_.cost >= before / 2) return true;
+    }
   }
 
   const Incumbent& best() const { return best_; }
-  double dual() const { return dual_; }
+  // No allocation costs less.
+  double lower_bound() const { return std::min(best_.cost, Dual() * (1 - tolerance_)); }
 
  private:
   struct State {
-    int64_t bytes = 0;    // above the fixed part
-    double reduced = 0;   // reduced costs so far
+    int64_t bytes = 0;    // of the items decided so far
+    double cost = 0;      // of the same
     int32_t parent = -1;  // in the previous layer
-    int16_t option = 0;
+    int32_t option = 0;
+  };
+  // What a layer of states must leave for, or expect from, the items after it.
+  struct Rest {
+    int64_t least = 0, most = 0;  // bytes
+    double upper_cost = 0;        // of their options in `upper`, and p * over
   };
 
-  double Penalised(const Option& option) const {
-    return option.cost + price_ * static_cast<double>(option.bytes);
-  }
-  double Reduced(int item, const Option& option) const { return Penalised(option) - lowest_[item]; }
+  double Dual() const { return CostOf(items_, upper_) + over_price_; }
 
-  // Items that keep more than one option; the others are fixed to their only one.
-  std::vector<int> Undecided(double gap) {
+  double Reduced(size_t item, const Option& option) const {
+    const Option& upper = items_[item].options[upper_[item]];
+    const double reduced =
+        option.cost - upper.cost + price_ * static_cast<double>(option.bytes - upper.bytes);
+    return std::max(0.0, reduced);
+  }
+
+  bool Improve() {
+    limit_ = best_.cost * (1 + tolerance_);
+    if (Dual() * (1 + tolerance_) >= best_.cost) return true;
+    return Search(Undecided());
+  }
+
+  // Items that keep more than one option; the others are fixed to the one in `upper`.
+  std::vector<int> Undecided() {
     std::vector<int> order;
-    std::vector<double> stake(items_.size(), 0);
+    std::vector<int64_t> stake(items_.size(), 0);
     kept_.assign(items_.size(), {});
+    const double dual = Dual();
     for (size_t i = 0; i < items_.size(); ++i) {
-      for (size_t o = 0; o < items_[i].options.size(); ++o) {
-        const double reduced = Reduced(static_cast<int>(i), items_[i].options[o]);
-        if (reduced < gap) kept_[i].push_back(static_cast<int>(o));
+      const auto& options = items_[i].options;
+      for (int o = 0; o < static_cast<int>(options.size()); ++o) {
+        if (o == upper_[i] || dual + Reduced(i, options[o]) < limit_) kept_[i].push_back(o);
       }
       if (kept_[i].size() > 1) order.push_back(static_cast<int>(i));
-      const auto& options = items_[i].options;
-      stake[i] =
-          static_cast<double>(options[kept_[i].back()].bytes - options[kept_[i].front()].bytes);
+      stake[i] = options[kept_[i].back()].bytes - options[kept_[i].front()].bytes;
     }
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return stake[a] > stake[b]; });
     return order;
   }
 
-  // Bytes of the items before (largest = false: smallest options) the search order's tail.
-  bool Search(const std::vector<int>& order, double gap) {
-    int64_t fixed_bytes = 0;
-    std::vector<char> open(items_.size(), 0);
-    for (const int i : order) open[i] = 1;
+  bool Search(const std::vector<int>& order) {
+    if (order.empty()) return true;
+    State start;
     for (size_t i = 0; i < items_.size(); ++i) {
-      if (!open[i]) fixed_bytes += items_[i].options[kept_[i].front()].bytes;
+      if (kept_[i].size() > 1) continue;
+      start.bytes += items_[i].options[kept_[i].front()].bytes;
+      start.cost += items_[i].options[kept_[i].front()].cost;
     }
-    std::vector<int64_t> least(order.size() + 1, 0), most(order.size() + 1, 0);
+    std::vector<Rest> rest(order.size() + 1);
+    rest.back().upper_cost = over_price_;
     for (size_t k = order.size(); k-- > 0;) {
       const auto& options = items_[order[k]].options;
-      least[k] = least[k + 1] + options[kept_[order[k]].front()].bytes;
-      most[k] = most[k + 1] + options[kept_[order[k]].back()].bytes;
+      rest[k].least = rest[k + 1].least + options[kept_[order[k]].front()].bytes;
+      rest[k].most = rest[k + 1].most + options[kept_[order[k]].back()].bytes;
+      rest[k].upper_cost = rest[k + 1].upper_cost + options[upper_[order[k]]].cost;
     }
-    const int64_t room = budget_ - fixed_bytes;
-    layers_.clear();
-    layers_.push_back({State{}});
+    std::vector<std::vector<State>> layers = {{start}};
     size_t states = 1;
+    int64_t upper_bytes = start.bytes;
     for (size_t k = 0; k < order.size(); ++k) {
-      layers_.push_back(Extend(layers_.back(), order[k], room, least[k + 1], most[k + 1], gap));
-      states += layers_.back().size();
-      if (states > kMaxStates) return false;
-      if (layers_.back().empty()) return true;
+      upper_bytes += items_[order[k]].options[upper_[order[k]]].bytes;
+      layers.push_back(
+          Extend(layers.back(), order[k], rest[k + 1], upper_bytes, max_states_ - states));
+      states += layers.back().size();
+      if (states >= max_states_) return false;
+      if (layers.back().empty()) return true;
     }
-    return Finish(order, layers_.back());
-  }
-
-  std::vector<State> Extend(const std::vector<State>& states, int item, int64_t room,
-                            int64_t least_left, int64_t most_left, double gap) const {
-    std::vector<State> next;
-    for (size_t s = 0; s < states.size(); ++s) {
-      for (const int o : kept_[item]) {
-        const Option& option = items_[item].options[o];
-        State state{states[s].bytes + option.bytes, states[s].reduced + Reduced(item, option),
-                    static_cast<int32_t>(s), static_cast<int16_t>(o)};
-        if (state.bytes + least_left > room) continue;
-        const int64_t unused = std::max<int64_t>(0, room - state.bytes - most_left);
-        if (state.reduced + price_ * static_cast<double>(unused) >= gap) continue;
-        next.push_back(state);
-      }
-    }
-    return Undominated(std::move(next));
-  }
-
-  // A state is dominated by one with no more bytes whose true cost so far, reduced - price * bytes,
-  // is no higher.
-  std::vector<State> Undominated(std::vector<State> states) const {
-    const auto cost = [&](const State& s) {
-      return s.reduced - price_ * static_cast<double>(s.bytes);
-    };
-    std::sort(states.begin(), states.end(), [&](const State& a, const State& b) {
-      if (a.bytes != b.bytes) return a.bytes < b.bytes;
-      if (a.reduced != b.reduced) return a.reduced < b.reduced;
-      return std::tie(a.parent, a.option) < std::tie(b.parent, b.option);
-    });
-    std::vector<State> kept;
-    double lowest = std::numeric_limits<double>::infinity();
-    for (const State& state : states) {
-      if (cost(state) >= lowest) continue;
-      lowest = cost(state);
-      kept.push_back(state);
-    }
-    return kept;
-  }
-
-  // Takes the cheapest complete state if it beats the incumbent.
-  bool Finish(const std::vector<int>& order, const std::vector<State>& last) {
-    std::vector<int> option(items_.size());
-    for (size_t i = 0; i < items_.size(); ++i) option[i] = kept_[i].front();
-    for (const State& end : last) {
-      const State* state = &end;
-      for (size_t k = order.size(); k-- > 0;) {
-        option[order[k]] = state->option;
-        state = &layers_[k][state->parent];
-      }
-      Consider(option);
-    }
-    if (order.empty()) Consider(option);
+    Take(order, layers);
     return true;
   }
 
-  void Consider(const std::vector<int>& option) {
-    Incumbent candidate{.option = option, .bytes = 0, .cost = CostOf(items_, option)};
-    for (size_t i = 0; i < items_.size(); ++i)
-      candidate.bytes += items_[i].options[option[i]].bytes;
-    if (candidate.bytes > budget_) return;
-    if (std::tie(candidate.cost, candidate.bytes) < std::tie(best_.cost, best_.bytes))
-      best_ = std::move(candidate);
+  // Decides one more item: every state with every option kept, in order of bytes, without those
+  // that do not fit, cannot beat the incumbent, or have another with no more bytes and no more
+  // cost. Stops after `most_states`.
+  std::vector<State> Extend(const std::vector<State>& states, int item, const Rest& rest,
+                            int64_t upper_bytes, size_t most_states) const {
+    const std::vector<int>& kept = kept_[item];
+    std::vector<size_t> position(kept.size(), 0);
+    std::vector<State> next;
+    double lowest = std::numeric_limits<double>::infinity();
+    while (next.size() < most_states) {
+      State state;
+      size_t from = kept.size();
+      for (size_t c = 0; c < kept.size(); ++c) {
+        if (position[c] == states.size()) continue;
+        const State& parent = states[position[c]];
+        const Option& option = items_[item].options[kept[c]];
+        const int64_t bytes = parent.bytes + option.bytes;
+        const double cost = parent.cost + option.cost;
+        if (from < kept.size() && std::tie(state.bytes, state.cost) <= std::tie(bytes, cost))
+          continue;
+        state = {bytes, cost, static_cast<int32_t>(position[c]), kept[c]};
+        from = c;
+      }
+      if (from == kept.size() || state.bytes + rest.least > budget_) break;
+      ++position[from];
+      if (state.cost >= lowest || state.cost >= limit_) continue;
+      const int64_t unused = std::max<int64_t>(0, budget_ - state.bytes - rest.most);
+      const int64_t paid = state.bytes - upper_bytes + unused;
+      if (state.cost + rest.upper_cost + price_ * static_cast<double>(paid) >= limit_) continue;
+      lowest = state.cost;
+      next.push_back(state);
+    }
+    return next;
+  }
+
+  // The last complete state is the cheapest one; it replaces an incumbent that it beats.
+  void Take(const std::vector<int>& order, const std::vector<std::vector<State>>& layers) {
+    std::vector<int> option = upper_;
+    const State* state = &layers.back().back();
+    for (size_t k = order.size(); k-- > 0;) {
+      option[order[k]] = state->option;
+      state = &layers[k][state->parent];
+    }
+    Incumbent found = Fill(items_, budget_, std::move(option));
+    if (std::tie(found.cost, found.bytes) < std::tie(best_.cost, best_.bytes))
+      best_ = std::move(found);
   }
 
   const std::vector<Item>& items_;
   int64_t budget_;
+  size_t max_states_;
+  std::vector<int> upper_;
   double price_;
+  double over_price_;
+  double tolerance_;  // relative
   Incumbent best_;
-  double dual_ = 0;
-  std::vector<double> lowest_;          // per item, least penalised cost
+  double limit_ = 0;                    // what costs this much does not beat the incumbent
   std::vector<std::vector<int>> kept_;  // per item, options that an improvement may use
-  std::vector<std::vector<State>> layers_;
 };
 
 Status Validate(const std::vector<Unit>& units) {
   int64_t most = 0;
+  double most_cost = 0;
   for (const Unit& unit : units) {
     if (unit.choices.empty())
       return Status::InvalidInput(fmt::format("unit {}: has no choice", unit.name));
     std::set<std::string> formats;
     int64_t largest = 0;
+    double dearest = 0;
     for (const Choice& choice : unit.choices) {
       if (!std::isfinite(choice.cost) || choice.cost < 0 || choice.bytes < 0) {
         return Status::InvalidInput(fmt::format(
@@ -327,10 +344,16 @@ Status Validate(const std::vector<Unit>& units) {
             fmt::format("unit {}: format {} is listed twice", unit.name, choice.format));
       }
       largest = std::max(largest, choice.bytes);
+      dearest = std::max(dearest, choice.cost);
     }
     if (__builtin_add_overflow(most, largest, &most) || most > (int64_t{1} << 52)) {
       return Status::InvalidInput(
           fmt::format("unit {}: the bytes of all units pass 2^52", unit.name));
+    }
+    most_cost += dearest;
+    if (!std::isfinite(most_cost)) {
+      return Status::InvalidInput(
+          fmt::format("unit {}: the costs of all units pass the largest double", unit.name));
     }
   }
   return {};
@@ -348,7 +371,7 @@ int64_t SmallestBytes(const std::vector<Unit>& units) {
   return total;
 }
 
-Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget) {
+Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget, size_t max_states) {
   PQ_RETURN_IF_ERROR(Validate(units));
   const int64_t smallest = SmallestBytes(units);
   if (budget < smallest) {
@@ -356,21 +379,24 @@ Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget) {
         fmt::format("the budget of {} bytes cannot be met, the smallest allocation has {} bytes",
                     budget, smallest));
   }
+  const int exponent = CostExponent(units);
   std::vector<Item> items;
-  for (const Unit& unit : units) items.push_back(MakeItem(unit));
-  const Relaxation relaxation = Relax(items, budget);
-  Core core(items, budget, relaxation, Fill(items, relaxation, budget));
+  for (const Unit& unit : units) items.push_back(MakeItem(unit, exponent));
+  const int64_t room = budget - smallest;
+  const Relaxation relaxation = Relax(items, room);
+  Core core(items, room, relaxation, Fill(items, room, relaxation.option), max_states);
   const bool proven = core.Solve();
 
   Allocation result;
   for (size_t i = 0; i < items.size(); ++i) {
     result.choice.push_back(items[i].options[core.best().option[i]].index);
+    result.cost += units[i].choices[result.choice.back()].cost;
   }
-  result.bytes = core.best().bytes;
-  result.cost = core.best().cost;
-  result.lower_bound = proven ? result.cost : std::min(result.cost, std::max(0.0, core.dual()));
+  result.bytes = smallest + core.best().bytes;
+  result.lower_bound =
+      proven ? result.cost : std::min(result.cost, std::scalbn(core.lower_bound(), exponent));
   result.slack = budget - result.bytes;
-  result.price = relaxation.price;
+  result.price = std::scalbn(relaxation.price, exponent);
   return result;
 }
 

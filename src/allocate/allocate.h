@@ -5,6 +5,7 @@
 // within an integer budget: the multiple-choice knapsack problem (MCKP), solved exactly and with
 // its certificate. Pure functions of their arguments; no weights, no files.
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -29,16 +30,21 @@ struct Allocation {
   std::vector<int> choice;  // per unit, index into Unit::choices
   int64_t bytes = 0;        // <= budget
   double cost = 0;          // sum of chosen costs
-  double lower_bound =
-      0;  // no allocation within the budget costs less; equals cost when that is proven
+  // No allocation within the budget costs less (rounding of sums aside); equals cost when proven.
+  double lower_bound = 0;
   double gap() const { return cost - lower_bound; }
   int64_t slack = 0;  // budget - bytes; no single lower-cost choice fits into it
   double price = 0;   // nats per byte: the multiplier of the budget in the linear relaxation
 };
 
+// States that the exact stage may hold, of 24 bytes each.
+constexpr size_t kMaxStates = 20'000'000;
+
 // Least cost within `budget` bytes, the same for the same arguments. A budget below the smallest
-// sum of bytes is kUnmet and says that sum.
-Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget);
+// sum of bytes is kUnmet and says that sum. Past `max_states` the answer is the best one found,
+// with its true gap.
+Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget,
+                            size_t max_states = kMaxStates);
 
 // Bytes of the smallest allocation.
 int64_t SmallestBytes(const std::vector<Unit>& units);

@@ -15,7 +15,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-Unit MakeUnit(const std::string& name, std::vector<std::pair<int64_t, double>> choices) {
+Unit MakeUnit(const std::string& name, const std::vector<std::pair<int64_t, double>>& choices) {
   Unit unit{.name = name, .weights = 1, .choices = {}};
   for (const auto& [bytes, cost] : choices) {
     unit.choices.push_back({fmt::format("f{}", unit.choices.size()), bytes, cost});

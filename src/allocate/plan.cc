@@ -37,9 +37,14 @@ void KeepOnly(UnitCosts& unit, const std::vector<std::string>& formats) {
   });
 }
 
-Status ApplyRule(std::vector<UnitCosts>& units, const FormatRule& rule, bool pin) {
+Status ApplyRule(std::vector<UnitCosts>& units, const std::vector<std::string>& formats,
+                 const FormatRule& rule, bool pin) {
   PQ_ASSIGN_OR_RETURN(const std::regex regex, Compile(rule.pattern));
   const char* option = pin ? "--pin" : "--forbid";
+  if (std::find(formats.begin(), formats.end(), rule.format) == formats.end()) {
+    return Status::InvalidInput(fmt::format("{} {}={}: the format is none of --formats {}", option,
+                                            rule.pattern, rule.format, fmt::join(formats, ",")));
+  }
   bool matched = false;
   for (UnitCosts& unit : units) {
     if (!Matches(unit, regex)) continue;
@@ -74,13 +79,13 @@ std::vector<Unit> ToUnits(const std::vector<UnitCosts>& units, const std::vector
 }
 
 Json FrontierPoint(const PlannedAllocation& point) {
-  Json json = {{"bpp", point.budget.bpp}, {"feasible", point.feasible}};
+  Json json = {
+      {"bpp", point.budget.bpp}, {"target_bpp", point.budget.bpp}, {"feasible", point.feasible}};
   if (!point.feasible) {
     json["smallest_feasible_bpp"] = point.smallest_bpp;
     return json;
   }
   json["bpp"] = point.bpp;
-  json["target_bpp"] = point.budget.bpp;
   json["bytes"] = point.bytes;
   json["file_bytes"] = point.file_bytes;
   json["predicted_kl"] = point.cost;
@@ -99,11 +104,13 @@ Result<FormatRule> ParseFormatRule(const std::string& option, const std::string&
 }
 
 Result<int64_t> ParseSize(const std::string& option, const std::string& text) {
-  static const std::map<std::string, double> kUnits = {
+  constexpr long double kByteRounding =
+      0x1p-10L;  // 2.01 is no binary fraction, 2.01GB is an integer
+  static const std::map<std::string, long double> kUnits = {
       {"", 1},     {"B", 1},        {"kB", 1e3},     {"KB", 1e3},    {"MB", 1e6},
       {"GB", 1e9}, {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30}};
   char* end = nullptr;
-  const double value = std::strtod(text.c_str(), &end);
+  const long double value = std::strtold(text.c_str(), &end);
   std::string unit = end;
   unit.erase(0, unit.find_first_not_of(' ') == std::string::npos ? unit.size()
                                                                  : unit.find_first_not_of(' '));
@@ -113,7 +120,7 @@ Result<int64_t> ParseSize(const std::string& option, const std::string& text) {
     return Status::InvalidInput(
         fmt::format("{} {}: expected a size as 23GB or 1.5GiB", option, text));
   }
-  return static_cast<int64_t>(value * factor->second);
+  return static_cast<int64_t>(value * factor->second + kByteRounding);
 }
 
 Result<Planner> Planner::Make(std::vector<UnitCosts> units, const PlanRules& rules,
@@ -129,18 +136,28 @@ Result<Planner> Planner::Make(std::vector<UnitCosts> units, const PlanRules& rul
     planner.counted_.push_back(unit.formats.size() >= 2 ? 1 : 0);
     if (unit.formats.size() >= 2) planner.counted_weights_ += unit.weights;
   }
-  for (const FormatRule& rule : rules.pin) PQ_RETURN_IF_ERROR(ApplyRule(units, rule, /*pin=*/true));
+  for (const FormatRule& rule : rules.pin)
+    PQ_RETURN_IF_ERROR(ApplyRule(units, rules.formats, rule, /*pin=*/true));
   for (const FormatRule& rule : rules.forbid)
-    PQ_RETURN_IF_ERROR(ApplyRule(units, rule, /*pin=*/false));
+    PQ_RETURN_IF_ERROR(ApplyRule(units, rules.formats, rule, /*pin=*/false));
   planner.units_ = std::move(units);
   return planner;
 }
 
-double Planner::SmallestBpp() const {
+double Planner::BppOf(int64_t payload) const {
   if (counted_weights_ == 0) return 0;
-  return 8.0 * static_cast<double>(SmallestBytes(ToUnits(units_, &counted_))) /
-         static_cast<double>(counted_weights_);
+  return 8.0 * static_cast<double>(payload) / static_cast<double>(counted_weights_);
 }
+
+int64_t Planner::PayloadWithin(double bpp) const {
+  const double bytes = std::floor(bpp * static_cast<double>(counted_weights_) / 8);
+  int64_t payload = static_cast<int64_t>(std::clamp(bytes, -1.0, 0x1p52));
+  if (counted_weights_ > 0 && BppOf(payload + 1) <= bpp) ++payload;
+  if (BppOf(payload) > bpp) --payload;
+  return payload;
+}
+
+double Planner::SmallestBpp() const { return BppOf(SmallestBytes(ToUnits(units_, &counted_))); }
 
 PlannedAllocation Planner::Describe(const std::vector<int>& choice) const {
   PlannedAllocation plan;
@@ -155,23 +172,21 @@ PlannedAllocation Planner::Describe(const std::vector<int>& choice) const {
     if (counted_[i]) payload += format.payload_bytes;
   }
   plan.file_bytes = fixed_bytes_ + plan.bytes;
-  if (counted_weights_ > 0)
-    plan.bpp = 8.0 * static_cast<double>(payload) / static_cast<double>(counted_weights_);
+  plan.bpp = BppOf(payload);
   return plan;
 }
 
 Result<PlannedAllocation> Planner::Plan(const Budget& budget) const {
   const bool by_bpp = budget.kind == Budget::Kind::kBpp;
-  const int64_t limit =
-      by_bpp
-          ? static_cast<int64_t>(std::floor(budget.bpp * static_cast<double>(counted_weights_) / 8))
-          : budget.file_bytes - fixed_bytes_;
+  if (by_bpp && std::isnan(budget.bpp))
+    return Status::InvalidInput("a budget of nan bpp: expected a number");
+  const int64_t limit = by_bpp ? PayloadWithin(budget.bpp) : budget.file_bytes - fixed_bytes_;
   const std::vector<Unit> units = ToUnits(units_, by_bpp ? &counted_ : nullptr);
   const int64_t smallest = SmallestBytes(units);
   if (limit < smallest) {
     return Status::Unmet(
-        by_bpp ? fmt::format("--bpp {} cannot be met: the smallest feasible is {:.4f}", budget.bpp,
-                             std::ceil(SmallestBpp() * 1e4) / 1e4)
+        by_bpp ? fmt::format("--bpp {} cannot be met: the smallest feasible is {}", budget.bpp,
+                             SmallestBpp())
                : fmt::format("--size of {} bytes cannot be met: the smallest feasible is {} bytes",
                              budget.file_bytes, smallest + fixed_bytes_));
   }
@@ -295,6 +310,8 @@ Result<std::vector<Unit>> UnitsFromJson(const Json& json, const std::string& ori
     if (!names.insert(unit.name).second) return Status::InvalidInput(where + " is listed twice");
     if (entry.contains("weights")) {
       PQ_ASSIGN_OR_RETURN(unit.weights, JsonInt(entry, "weights", where));
+      if (unit.weights < 0)
+        return Status::InvalidInput(fmt::format("{}: {} weights", where, unit.weights));
     }
     if (!entry.contains("choices") || !entry["choices"].is_array()) {
       return Status::InvalidInput(where + ": no list \"choices\"");
@@ -315,12 +332,12 @@ Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocati
                       int64_t budget) {
   Json choices = Json::object();
   std::map<std::string, int64_t> counts;
-  int64_t weights = 0;
+  double weights = 0;
   for (size_t i = 0; i < units.size(); ++i) {
     const Choice& choice = units[i].choices[static_cast<size_t>(allocation.choice[i])];
     choices[units[i].name] = choice.format;
     ++counts[choice.format];
-    weights += units[i].weights;
+    weights += static_cast<double>(units[i].weights);
   }
   Json json = {{"schema", 1},
                {"budget", {{"bytes", budget}}},
@@ -333,8 +350,7 @@ Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocati
                {"formats", counts},
                {"choices", choices},
                {"bpp", nullptr}};
-  if (weights > 0)
-    json["bpp"] = 8.0 * static_cast<double>(allocation.bytes) / static_cast<double>(weights);
+  if (weights > 0) json["bpp"] = 8.0 * static_cast<double>(allocation.bytes) / weights;
   return json;
 }
 

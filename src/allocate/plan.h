@@ -86,6 +86,9 @@ class Planner {
 
  private:
   PlannedAllocation Describe(const std::vector<int>& choice) const;
+  double BppOf(int64_t payload) const;
+  // The most payload bytes whose bpp is not above this one, both rounded to double alike.
+  int64_t PayloadWithin(double bpp) const;
 
   std::vector<UnitCosts> units_;  // formats after the rules
   std::vector<char> counted_;     // per unit: had two formats before the rules, so it counts in bpp
