@@ -42,24 +42,43 @@ const std::vector<std::string>& ByteAlphabet() {
   return alphabet;
 }
 
-Result<Bpe> Bpe::Parse(const Json& model, const std::string& origin) {
+Result<Bpe> Bpe::Parse(const Json& model, Symbols symbols, const std::string& origin) {
   if (!model.is_object() || model.value("type", "BPE") != "BPE") {
     return Status::InvalidInput(fmt::format("{}: model is not BPE", origin));
   }
-  for (const char* key :
-       {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}) {
+  for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
     PQ_RETURN_IF_ERROR(RequireUnset(model, key, origin));
   }
   Bpe bpe;
+  bpe.symbols_ = symbols;
   bpe.ignore_merges_ = model.value("ignore_merges", false);
   PQ_RETURN_IF_ERROR(bpe.ParseVocabulary(model, origin));
   PQ_RETURN_IF_ERROR(bpe.ParseMerges(model, origin));
-  for (const std::string& letter : ByteAlphabet())
-    bpe.byte_ids_.push_back(bpe.Id(letter).value_or(-1));
-  const bool complete =
-      std::find(bpe.byte_ids_.begin(), bpe.byte_ids_.end(), -1) == bpe.byte_ids_.end();
-  if (!complete) PQ_RETURN_IF_ERROR(RequireUnset(model, "unk_token", origin));
+  PQ_RETURN_IF_ERROR(bpe.ParseFallbacks(model, origin));
   return bpe;
+}
+
+Status Bpe::ParseFallbacks(const Json& model, const std::string& origin) {
+  if (symbols_ == Symbols::kBytes) {
+    PQ_RETURN_IF_ERROR(RequireUnset(model, "byte_fallback", origin));
+    for (const std::string& letter : ByteAlphabet()) byte_ids_.push_back(Id(letter).value_or(-1));
+    const bool complete = std::find(byte_ids_.begin(), byte_ids_.end(), -1) == byte_ids_.end();
+    return complete ? Status() : RequireUnset(model, "unk_token", origin);
+  }
+  byte_fallback_ = model.value("byte_fallback", false);
+  fuse_unknown_ = model.value("fuse_unk", false);
+  for (int byte = 0; byte < 256; ++byte) {
+    byte_ids_.push_back(Id(fmt::format("<0x{:02X}>", byte)).value_or(-1));
+  }
+  const Json unknown = model.value("unk_token", Json());
+  if (unknown.is_null()) return {};
+  const auto id = unknown.is_string() ? Id(unknown.get<std::string>()) : std::nullopt;
+  if (!id) {
+    return Status::InvalidInput(
+        fmt::format("{}: unk_token {} is no token of the vocabulary", origin, unknown.dump()));
+  }
+  unknown_ = *id;
+  return {};
 }
 
 Status Bpe::ParseVocabulary(const Json& model, const std::string& origin) {
@@ -115,20 +134,54 @@ std::optional<int32_t> Bpe::Id(const std::string& token) const {
   return found == vocabulary_.end() ? std::nullopt : std::optional(found->second);
 }
 
+std::string Bpe::Spelling(std::string_view piece) const {
+  if (symbols_ == Symbols::kCharacters) return std::string(piece);
+  std::string letters;
+  for (const char c : piece) letters += ByteAlphabet()[static_cast<unsigned char>(c)];
+  return letters;
+}
+
+std::vector<int32_t> Bpe::FirstSymbols(std::string_view piece) const {
+  std::vector<int32_t> symbols;
+  const auto bytes_of = [&](std::string_view text) {
+    std::vector<int32_t> ids;
+    for (const char c : text) ids.push_back(byte_ids_[static_cast<unsigned char>(c)]);
+    return ids;
+  };
+  if (symbols_ == Symbols::kBytes) {
+    symbols = bytes_of(piece);
+    std::erase(symbols, -1);
+    return symbols;
+  }
+  bool after_unknown = false;
+  for (size_t begin = 0, end = 0; begin < piece.size(); begin = end) {
+    end = begin + 1;
+    while (end < piece.size() && (static_cast<unsigned char>(piece[end]) & 0xc0) == 0x80) ++end;
+    const std::string_view character = piece.substr(begin, end - begin);
+    if (const auto id = Id(std::string(character))) {
+      symbols.push_back(*id);
+      after_unknown = false;
+      continue;
+    }
+    const std::vector<int32_t> bytes = bytes_of(character);
+    if (byte_fallback_ && std::find(bytes.begin(), bytes.end(), -1) == bytes.end()) {
+      symbols.insert(symbols.end(), bytes.begin(), bytes.end());
+    } else if (unknown_ >= 0 && !(after_unknown && fuse_unknown_)) {
+      symbols.push_back(unknown_);
+      after_unknown = true;
+    }
+  }
+  return symbols;
+}
+
 void Bpe::Encode(std::string_view piece, std::vector<int32_t>& ids) const {
   if (ignore_merges_) {
-    std::string letters;
-    for (const char c : piece) letters += ByteAlphabet()[static_cast<unsigned char>(c)];
-    if (const auto id = Id(letters)) {
+    if (const auto id = Id(Spelling(piece))) {
       ids.push_back(*id);
       return;
     }
   }
-  std::vector<int32_t> symbols;
-  for (const char c : piece) {
-    const int32_t id = byte_ids_[static_cast<unsigned char>(c)];
-    if (id >= 0) symbols.push_back(id);
-  }
+  std::vector<int32_t> symbols = FirstSymbols(piece);
   MergeSymbols(symbols);
   ids.insert(ids.end(), symbols.begin(), symbols.end());
 }

@@ -1,9 +1,10 @@
 #ifndef PRISMAQUANT_TOKENIZER_BPE_H_
 #define PRISMAQUANT_TOKENIZER_BPE_H_
 
-// Bpe: byte-level byte-pair encoding of one pre-token: bytes become the 256 letters of the byte
-// alphabet, and adjacent symbols are merged by rank, the leftmost of equals first, in O(n log n).
-// Immutable after Parse and thread-safe.
+// Bpe: byte-pair encoding of one piece of text: adjacent symbols are merged by rank, the leftmost
+// of equals first, in O(n log n). The first symbols are bytes, spelled in the 256 letters of the
+// byte alphabet, or characters, of which those that the vocabulary lacks fall back to tokens of
+// their bytes or to the unknown token. Immutable after Parse and thread-safe.
 
 #include <cstdint>
 #include <optional>
@@ -19,8 +20,9 @@ namespace prismaquant {
 
 class Bpe {
  public:
+  enum class Symbols { kBytes, kCharacters };
   // `model`: the "model" object of a tokenizer.json.
-  static Result<Bpe> Parse(const Json& model, const std::string& origin);
+  static Result<Bpe> Parse(const Json& model, Symbols symbols, const std::string& origin);
 
   void Encode(std::string_view piece, std::vector<int32_t>& ids) const;
   // Id of a token as the vocabulary spells it (byte alphabet).
@@ -36,11 +38,19 @@ class Bpe {
   }
   Status ParseVocabulary(const Json& model, const std::string& origin);
   Status ParseMerges(const Json& model, const std::string& origin);
+  Status ParseFallbacks(const Json& model, const std::string& origin);
+  // What ignore_merges looks up: the piece as the vocabulary spells it.
+  std::string Spelling(std::string_view piece) const;
+  std::vector<int32_t> FirstSymbols(std::string_view piece) const;
   void MergeSymbols(std::vector<int32_t>& symbols) const;
 
   std::unordered_map<std::string, int32_t> vocabulary_;
   std::unordered_map<uint64_t, Merge> merges_;
-  std::vector<int32_t> byte_ids_;  // per byte, -1 if the vocabulary lacks its letter
+  Symbols symbols_ = Symbols::kBytes;
+  // Per byte its letter's id, or that of its fallback token; -1 if the vocabulary has none.
+  std::vector<int32_t> byte_ids_;
+  int32_t unknown_ = -1;  // id, -1: characters that have no token are dropped
+  bool byte_fallback_ = false, fuse_unknown_ = false;
   bool ignore_merges_ = false;
   int32_t size_ = 0;
 };

@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "tokenizer/normalizer.h"
+
 namespace prismaquant {
 namespace {
 
@@ -43,12 +45,36 @@ std::vector<Part> Cover(const std::vector<std::pair<size_t, size_t>>& matches, s
 
 Result<PreTokenizer> PreTokenizer::Parse(const Json& json, const std::string& origin) {
   PreTokenizer pre;
-  PQ_RETURN_IF_ERROR(pre.Add(json, origin));
-  if (!pre.byte_level_) {
-    return Status::InvalidInput(fmt::format(
-        "{}: pre_tokenizer has no ByteLevel step; only byte-level BPE is supported", origin));
-  }
+  if (!json.is_null()) PQ_RETURN_IF_ERROR(pre.Add(json, origin));
   return pre;
+}
+
+Status PreTokenizer::AddMetaspace(const Json& json, const std::string& origin) {
+  if (!steps_.empty() || !space_.empty()) {
+    return Status::InvalidInput(origin + ": pre_tokenizer Metaspace is not the first step");
+  }
+  space_ = json.value("replacement", "\u2581");
+  const std::string scheme =
+      json.value("prepend_scheme", json.value("add_prefix_space", true) ? "always" : "never");
+  prepend_first_ = scheme == "always" || scheme == "first";
+  prepend_later_ = scheme == "always";
+  if (space_.empty() || (scheme != "never" && !prepend_first_)) {
+    return Status::InvalidInput(
+        fmt::format("{}: Metaspace with prepend_scheme {} is not supported", origin, scheme));
+  }
+  if (!json.value("split", true)) return {};
+  PQ_ASSIGN_OR_RETURN(Regex regex, Regex::Compile(EscapeRegex(space_), origin));
+  steps_.push_back({std::move(regex), Behavior::kMergedWithNext, false});
+  return {};
+}
+
+std::string PreTokenizer::Prepare(std::string text, bool first) const {
+  if (space_.empty() || text.empty()) return text;
+  text = ReplaceAll(text, " ", space_);
+  if ((first ? prepend_first_ : prepend_later_) && !text.starts_with(space_)) {
+    text.insert(0, space_);
+  }
+  return text;
 }
 
 Status PreTokenizer::Add(const Json& json, const std::string& origin) {
@@ -62,6 +88,7 @@ Status PreTokenizer::Add(const Json& json, const std::string& origin) {
         fmt::format("{}: pre_tokenizer {} after ByteLevel is not supported", origin, type));
   }
   if (type == "Split") return AddSplit(json, origin);
+  if (type == "Metaspace") return AddMetaspace(json, origin);
   if (type == "Digits") {
     const bool individual = json.value("individual_digits", false);
     PQ_ASSIGN_OR_RETURN(Regex regex, Regex::Compile(individual ? R"(\p{N})" : R"(\p{N}+)", origin));

@@ -12,6 +12,7 @@
 #include "io/file_system.h"
 #include "tokenizer/added_tokens.h"
 #include "tokenizer/bpe.h"
+#include "tokenizer/normalizer.h"
 #include "tokenizer/pretokenizer.h"
 
 namespace prismaquant {
@@ -35,39 +36,6 @@ Status CheckUtf8(std::string_view text) {
   return {};
 }
 
-bool IsAscii(std::string_view text) {
-  return std::all_of(text.begin(), text.end(),
-                     [](char c) { return static_cast<unsigned char>(c) < 0x80; });
-}
-
-std::string Nfc(std::string_view text) {
-  if (IsAscii(text)) return std::string(text);
-  utf8proc_uint8_t* mapped = nullptr;
-  const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-  const auto size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-                                 static_cast<utf8proc_ssize_t>(text.size()), &mapped, options);
-  std::string result(text);
-  if (size >= 0) result.assign(reinterpret_cast<const char*>(mapped), static_cast<size_t>(size));
-  std::free(mapped);
-  return result;
-}
-
-Result<bool> ParseNormalizer(const Json& json, const std::string& origin) {
-  if (json.is_null()) return false;
-  const std::string type = json.is_object() ? json.value("type", "") : "";
-  if (type == "NFC") return true;
-  if (type == "Sequence" && json.contains("normalizers") && json["normalizers"].is_array()) {
-    bool nfc = false;
-    for (const Json& step : json["normalizers"]) {
-      PQ_ASSIGN_OR_RETURN(const bool step_nfc, ParseNormalizer(step, origin));
-      nfc |= step_nfc;
-    }
-    return nfc;
-  }
-  return Status::InvalidInput(
-      fmt::format("{}: normalizer {} is not supported, known is NFC", origin, type));
-}
-
 // The special token that a TemplateProcessing puts before a single text.
 std::optional<std::string> TemplateStart(const Json& json) {
   if (!json.is_object()) return std::nullopt;
@@ -87,8 +55,11 @@ std::optional<std::string> TemplateStart(const Json& json) {
 }  // namespace
 
 struct Tokenizer::Impl {
-  Impl(Bpe vocabulary, PreTokenizer pieces)
-      : bpe(std::move(vocabulary)), pre_tokenizer(std::move(pieces)), size(bpe.size()) {}
+  Impl(Normalizer normal, PreTokenizer pieces, Bpe vocabulary)
+      : normalizer(std::move(normal)),
+        pre_tokenizer(std::move(pieces)),
+        bpe(std::move(vocabulary)),
+        size(bpe.size()) {}
   static Result<std::unique_ptr<Impl>> Parse(const Json& json, const std::string& origin,
                                              const std::filesystem::path& folder);
   // The tokens that tokenizer.json lists, and those that only tokenizer_config.json does.
@@ -96,9 +67,9 @@ struct Tokenizer::Impl {
                           const std::filesystem::path& folder);
   std::optional<int32_t> TokenId(std::string_view token) const;
 
-  Bpe bpe;
+  Normalizer normalizer;
   PreTokenizer pre_tokenizer;
-  bool nfc = false;
+  Bpe bpe;
   AddedTokens raw_tokens;         // matched before normalisation
   AddedTokens normalized_tokens;  // matched after it
   std::optional<int32_t> bos;
@@ -118,7 +89,7 @@ struct Tokenizer::Impl {
                      .rstrip = json.value("rstrip", false)};
     size = std::max(size, token.id + 1);
     const bool normalized = json.value("normalized", false);
-    if (normalized && nfc) token.content = Nfc(content);
+    if (normalized) token.content = normalizer.Apply(content);
     (normalized ? normalized_tokens : raw_tokens).Add(std::move(token));
     return {};
   }
@@ -175,11 +146,13 @@ Result<std::unique_ptr<Tokenizer::Impl>> Tokenizer::Impl::Parse(
   if (!json.is_object() || !json.contains("model")) {
     return Status::InvalidInput(fmt::format("{}: no \"model\"", origin));
   }
-  PQ_ASSIGN_OR_RETURN(Bpe bpe, Bpe::Parse(json["model"], origin));
+  PQ_ASSIGN_OR_RETURN(Normalizer normalizer,
+                      Normalizer::Parse(json.value("normalizer", Json()), origin));
   PQ_ASSIGN_OR_RETURN(PreTokenizer pre,
                       PreTokenizer::Parse(json.value("pre_tokenizer", Json()), origin));
-  auto impl = std::make_unique<Impl>(std::move(bpe), std::move(pre));
-  PQ_ASSIGN_OR_RETURN(impl->nfc, ParseNormalizer(json.value("normalizer", Json()), origin));
+  const auto symbols = pre.byte_level() ? Bpe::Symbols::kBytes : Bpe::Symbols::kCharacters;
+  PQ_ASSIGN_OR_RETURN(Bpe bpe, Bpe::Parse(json["model"], symbols, origin));
+  auto impl = std::make_unique<Impl>(std::move(normalizer), std::move(pre), std::move(bpe));
   PQ_RETURN_IF_ERROR(impl->ParseAddedTokens(json, origin, folder));
   if (const auto start = TemplateStart(json.value("post_processor", Json()))) {
     impl->bos = impl->TokenId(*start);
@@ -219,13 +192,16 @@ Result<std::vector<int32_t>> Tokenizer::Encode(std::string_view text) const {
       ids.push_back(part.id);
       continue;
     }
-    const std::string normalized = impl_->nfc ? Nfc(part.text) : std::string(part.text);
+    bool first = part.text.data() == text.data();
+    const std::string normalized = impl_->normalizer.Apply(part.text);
     for (const AddedTokens::Part& inner : impl_->normalized_tokens.Split(normalized)) {
       if (inner.id >= 0) {
         ids.push_back(inner.id);
       } else {
-        impl_->EncodePlain(inner.text, cache, ids);
+        impl_->EncodePlain(impl_->pre_tokenizer.Prepare(std::string(inner.text), first), cache,
+                           ids);
       }
+      first = false;
     }
   }
   return ids;

@@ -139,7 +139,7 @@ TEST_F(TokenizerTest, RefusesWhatItDoesNotImplementByName) {
   EXPECT_THAT(Refusal(with("/model/byte_fallback", true)), HasSubstr("byte_fallback"));
   EXPECT_THAT(Refusal(with("/model/dropout", 0.1)), HasSubstr("dropout"));
   EXPECT_THAT(Refusal(with("/normalizer", {{"type", "Lowercase"}})), HasSubstr("Lowercase"));
-  EXPECT_THAT(Refusal(with("/pre_tokenizer", {{"type", "Metaspace"}})), HasSubstr("Metaspace"));
+  EXPECT_THAT(Refusal(with("/pre_tokenizer", {{"type", "Whitespace"}})), HasSubstr("Whitespace"));
   EXPECT_THAT(Refusal(with("/pre_tokenizer/add_prefix_space", true)),
               HasSubstr("add_prefix_space"));
   EXPECT_THAT(

@@ -123,7 +123,52 @@ def qwen(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def sentencepiece(tokenizer: Tokenizer, folder: pathlib.Path) -> pathlib.Path:
+    """Trained on characters, with tokens for all bytes, as SentencePiece models are converted."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=2500, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)],
+        limit_alphabet=500)  # fmt: skip
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<think>", normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["added_tokens"] = [t for t in saved["added_tokens"] if not t["content"].startswith("<0x")]
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return folder
+
+
+def llama2(folder: pathlib.Path) -> pathlib.Path:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return sentencepiece(tokenizer, folder)
+
+
+def mistral(folder: pathlib.Path) -> pathlib.Path:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return sentencepiece(tokenizer, folder)
+
+
+def metaspace(folder: pathlib.Path) -> pathlib.Path:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False, fuse_unk=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    return sentencepiece(tokenizer, folder)
+
+
+def gemma3(folder: pathlib.Path) -> pathlib.Path:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    return sentencepiece(tokenizer, folder)
+
+
 FOLDERS = {
+    "llama2": llama2,
+    "mistral": mistral,
+    "metaspace": metaspace,
+    "gemma3": gemma3,
     "bundled": lambda _: bundled_model(),
     "smollm2": lambda _: pathlib.Path(os.environ["PRISMAQUANT_SMOLLM2"]),
     "llama3": llama3,
