@@ -77,7 +77,6 @@ Item MakeItem(const Unit& unit, int exponent) {
 // The linear relaxation: hull steps taken by falling slope until the budget breaks one of them.
 struct Relaxation {
   std::vector<int> option;  // per item, the integral part
-  int64_t bytes = 0;        // of the integral part
   std::vector<int> upper;   // the same with the broken step taken whole
   int64_t over = 0;         // bytes of `upper` beyond the budget
   double price = 0;         // slope of the broken step; 0 if everything fits
@@ -97,15 +96,16 @@ Relaxation Relax(const std::vector<Item>& items, int64_t budget) {
   }
   std::stable_sort(steps.begin(), steps.end(),
                    [](const Step& a, const Step& b) { return a.slope > b.slope; });
+  int64_t bytes = 0;
   for (const Step& step : steps) {
-    if (r.bytes + step.bytes > budget) {
+    if (bytes + step.bytes > budget) {
       r.upper = r.option;
       r.upper[step.item] = step.to;
-      r.over = r.bytes + step.bytes - budget;
+      r.over = bytes + step.bytes - budget;
       r.price = step.slope;
       return r;
     }
-    r.bytes += step.bytes;
+    bytes += step.bytes;
     r.option[step.item] = step.to;
   }
   r.upper = r.option;

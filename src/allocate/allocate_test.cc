@@ -62,29 +62,66 @@ void ExpectConsistent(const std::vector<Unit>& units, int64_t budget, const Allo
   EXPECT_EQ(found.bytes, bytes);
   EXPECT_EQ(found.slack, budget - bytes);
   EXPECT_GE(found.slack, 0);
-  EXPECT_NEAR(found.cost, cost, 1e-12 * (1 + cost));
+  EXPECT_DOUBLE_EQ(found.cost, cost);
   EXPECT_LE(found.lower_bound, found.cost);
   EXPECT_GE(found.price, 0);
 }
 
-enum class Kind { kFalling, kAnything, kTies, kHuge };
+enum class Kind {
+  kFalling,
+  kAnything,
+  kTies,
+  kHuge,
+  kOffsets,    // few bytes apart, on top of more than a terabyte
+  kHeavyTail,  // bytes and costs over many orders of magnitude
+  kTiny,       // denormal costs
+  kLargest,    // costs near the largest double
+};
 
-std::vector<Unit> RandomUnits(Kind kind, std::mt19937& random) {
-  const auto integer = [&](int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(random);
-  };
+class Draw {
+ public:
+  explicit Draw(unsigned seed) : random_(seed) {}
+  int64_t Integer(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random_);
+  }
+  double Real(double low, double high) {
+    return std::uniform_real_distribution<double>(low, high)(random_);
+  }
+
+ private:
+  std::mt19937 random_;
+};
+
+std::pair<int64_t, double> RandomChoice(Kind kind, Draw& draw) {
+  const int64_t bytes = draw.Integer(0, 40);
+  const double cost = static_cast<double>(draw.Integer(0, 20)) / 7;
+  switch (kind) {
+    case Kind::kFalling:
+      return {bytes, 50.0 / static_cast<double>(1 + bytes)};
+    case Kind::kAnything:
+      return {bytes, cost};
+    case Kind::kTies:
+      return {1 + bytes % 4, cost * 7 / 10};
+    case Kind::kHuge:
+      return {(bytes << 43) + draw.Integer(0, 3), cost};
+    case Kind::kOffsets:
+      return {(int64_t{1} << 48) + bytes, draw.Real(0, 1)};
+    case Kind::kHeavyTail:
+      return {static_cast<int64_t>(std::exp(draw.Real(0, 33))), std::exp(draw.Real(-35, 5))};
+    case Kind::kTiny:
+      return {bytes, cost * 7 * std::numeric_limits<double>::denorm_min()};
+    case Kind::kLargest:
+      return {bytes << 40, cost * 0x1p1018};
+  }
+  return {};
+}
+
+std::vector<Unit> RandomUnits(Kind kind, Draw& draw) {
   std::vector<Unit> units;
-  const int64_t count = integer(1, 7);
+  const int64_t count = draw.Integer(1, 7);
   for (int64_t u = 0; u < count; ++u) {
     std::vector<std::pair<int64_t, double>> choices;
-    for (int64_t c = integer(1, 4); c > 0; --c) {
-      const int64_t scale = kind == Kind::kHuge ? int64_t{1} << 44 : 1;
-      int64_t bytes = integer(kind == Kind::kTies ? 1 : 0, kind == Kind::kTies ? 4 : 40) * scale;
-      if (kind == Kind::kHuge) bytes += integer(0, 3);
-      double cost = static_cast<double>(integer(0, 20)) / (kind == Kind::kTies ? 10 : 7);
-      if (kind == Kind::kFalling) cost = 50.0 / static_cast<double>(1 + bytes);
-      choices.emplace_back(bytes, cost);
-    }
+    for (int64_t c = draw.Integer(1, 4); c > 0; --c) choices.push_back(RandomChoice(kind, draw));
     units.push_back(MakeUnit(fmt::format("u{}", u), choices));
   }
   return units;
@@ -93,9 +130,9 @@ std::vector<Unit> RandomUnits(Kind kind, std::mt19937& random) {
 class RandomCases : public ::testing::TestWithParam<Kind> {};
 
 TEST_P(RandomCases, EqualBruteForceAtEveryBudget) {
-  std::mt19937 random(7);
+  Draw draw(7);
   for (int round = 0; round < 400; ++round) {
-    const std::vector<Unit> units = RandomUnits(GetParam(), random);
+    const std::vector<Unit> units = RandomUnits(GetParam(), draw);
     const int64_t smallest = SmallestBytes(units), largest = LargestBytes(units);
     for (const int64_t budget : {smallest, smallest + (largest - smallest) / 5,
                                  (smallest + largest) / 2, largest - 1, largest, largest + 100}) {
@@ -103,15 +140,116 @@ TEST_P(RandomCases, EqualBruteForceAtEveryBudget) {
       const Result<Allocation> found = Allocate(units, budget);
       ASSERT_TRUE(found.ok()) << found.status().message();
       ExpectConsistent(units, budget, *found);
-      EXPECT_NEAR(found->cost, BruteForce(units, budget), 1e-9);
-      EXPECT_NEAR(found->gap(), 0, 1e-12);
+      const double least = BruteForce(units, budget);
+      EXPECT_NEAR(found->cost, least, 1e-14 * least);
+      EXPECT_EQ(found->gap(), 0);
     }
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Allocate, RandomCases,
                          ::testing::Values(Kind::kFalling, Kind::kAnything, Kind::kTies,
-                                           Kind::kHuge));
+                                           Kind::kHuge, Kind::kOffsets, Kind::kHeavyTail,
+                                           Kind::kTiny, Kind::kLargest));
+
+TEST(Allocate, CostsFallWithTheBudgetByteForByte) {
+  Draw draw(11);
+  for (int round = 0; round < 60; ++round) {
+    const std::vector<Unit> units = RandomUnits(Kind::kAnything, draw);
+    const int64_t smallest = SmallestBytes(units);
+    double before = std::numeric_limits<double>::infinity();
+    for (int64_t budget = smallest; budget <= LargestBytes(units); ++budget) {
+      const Result<Allocation> found = Allocate(units, budget);
+      ASSERT_TRUE(found.ok());
+      EXPECT_LE(found->cost, before);
+      before = found->cost;
+    }
+    EXPECT_EQ(Allocate(units, smallest - 1).status().code(), StatusCode::kUnmet);
+    const Allocation unlimited = Allocate(units, std::numeric_limits<int64_t>::max()).value();
+    EXPECT_EQ(unlimited.cost, before);
+    EXPECT_EQ(unlimited.price, 0);
+  }
+}
+
+// Bytes that every choice of a unit has cannot change which choice is best.
+TEST(Allocate, BytesCommonToAllChoicesChangeNothing) {
+  constexpr int64_t kOffset = int64_t{1} << 44;
+  constexpr int64_t kUnits = 200;
+  Draw draw(5);
+  for (int round = 0; round < 100; ++round) {
+    std::vector<Unit> units;
+    for (int64_t u = 0; u < kUnits; ++u) {
+      std::vector<std::pair<int64_t, double>> choices;
+      for (int c = 0; c < 4; ++c) choices.emplace_back(draw.Integer(0, 40), draw.Real(0, 1));
+      units.push_back(MakeUnit(fmt::format("u{}", u), choices));
+    }
+    const int64_t budget = draw.Integer(SmallestBytes(units), LargestBytes(units));
+    const Allocation plain = Allocate(units, budget).value();
+    for (Unit& unit : units) {
+      for (Choice& choice : unit.choices) choice.bytes += kOffset;
+    }
+    const Allocation shifted = Allocate(units, budget + kUnits * kOffset).value();
+    EXPECT_EQ(shifted.choice, plain.choice);
+    EXPECT_EQ(shifted.slack, plain.slack);
+    EXPECT_EQ(shifted.price, plain.price);
+  }
+}
+
+// Past the state limit the answer is still feasible, and the bound still one.
+TEST(Allocate, SaysTheTrueGapPastTheStateLimit) {
+  Draw draw(13);
+  int unproven = 0;
+  for (int round = 0; round < 40; ++round) {
+    std::vector<Unit> units;
+    for (int u = 0; u < 14; ++u) {
+      const int64_t bytes = draw.Integer(1 << 20, 1 << 24);
+      const double cost = static_cast<double>(bytes) + draw.Real(0, 1000);
+      units.push_back(MakeUnit(fmt::format("u{}", u), {{0, cost}, {bytes, 0}}));
+    }
+    const int64_t budget = LargestBytes(units) / 2;
+    const double least = BruteForce(units, budget);
+    for (const size_t states : {0, 1, 20, 200}) {
+      const Allocation found = Allocate(units, budget, states).value();
+      ExpectConsistent(units, budget, found);
+      EXPECT_GE(found.cost, least * (1 - 1e-14));
+      EXPECT_LE(found.lower_bound, least);
+      EXPECT_GT(found.lower_bound, 0.9 * least);
+      if (found.gap() > 0) ++unproven;
+    }
+    EXPECT_NEAR(Allocate(units, budget)->cost, least, 1e-14 * least);
+  }
+  EXPECT_GT(unproven, 100);
+}
+
+TEST(Allocate, TakesMoreChoicesThanAShortCounts) {
+  std::vector<std::pair<int64_t, double>> many;
+  for (int i = 0; i < 40'000; ++i) many.emplace_back(3 * i, 40'000 - i + 0.3 * (i * 7919 % 13));
+  std::vector<Unit> few;
+  for (int u = 0; u < 6; ++u) {
+    const int bytes = 1 + 2 * u;
+    few.push_back(
+        MakeUnit(fmt::format("few{}", u), {{0, 9}, {bytes, 9 - 0.3 * bytes - 0.05 * (u % 3)}}));
+  }
+  std::vector<Unit> units = few;
+  units.push_back(MakeUnit("many", many));
+  for (const int64_t budget : {105'005, 105'010}) {
+    const Allocation found = Allocate(units, budget).value();
+    ExpectConsistent(units, budget, found);
+    EXPECT_EQ(found.gap(), 0);
+    double least = std::numeric_limits<double>::infinity();
+    for (const auto& [bytes, cost] : many)
+      least = std::min(least, cost + BruteForce(few, budget - bytes));
+    EXPECT_NEAR(found.cost, least, 1e-13 * least);
+  }
+}
+
+TEST(Allocate, PriceIsTheSlopeThatTheBudgetBreaks) {
+  const std::vector<Unit> units = {MakeUnit("a", {{0, 10}, {10, 0}}),
+                                   MakeUnit("b", {{0, 10}, {5, 0}})};
+  EXPECT_DOUBLE_EQ(Allocate(units, 4)->price, 2.0);
+  EXPECT_DOUBLE_EQ(Allocate(units, 12)->price, 1.0);
+  EXPECT_EQ(Allocate(units, 15)->price, 0.0);
+}
 
 TEST(Allocate, TakesTheBestUnhulledChoice) {
   // The middle choices lie above the hull: the relaxation never takes them, the optimum does.
@@ -151,6 +289,9 @@ TEST(Allocate, RefusesMalformedUnitsByName) {
   Unit twice = MakeUnit("twice", {{1, 1}, {2, 0}});
   twice.choices[1].format = twice.choices[0].format;
   EXPECT_THAT(Allocate({twice}, 10).status().message(), HasSubstr("listed twice"));
+  const double largest = std::numeric_limits<double>::max();
+  const std::vector<Unit> dear = {MakeUnit("a", {{1, largest}}), MakeUnit("b", {{1, largest}})};
+  EXPECT_THAT(Allocate(dear, 10).status().message(), HasSubstr("unit b: the costs"));
   const int64_t huge = int64_t{1} << 52;
   EXPECT_FALSE(Allocate({MakeUnit("a", {{huge, 0}}), MakeUnit("b", {{huge, 0}})}, huge).ok());
 }
@@ -198,7 +339,13 @@ TEST(Knee, IsThePointFarthestBelowTheChord) {
   EXPECT_EQ(Knee({1, 2, 10}, {10, 1, 0}), 1);
 }
 
+TEST(Knee, DependsOnNeitherScaleNorOrder) {
+  EXPECT_EQ(Knee({5, 1, 3, 2, 4}, {1, 10, 1.5, 2, 1.2}), 3);
+  EXPECT_EQ(Knee({1e9, 2e9, 3e9, 4e9, 5e9}, {10e-6, 2e-6, 1.5e-6, 1.2e-6, 1e-6}), 1);
+}
+
 TEST(Knee, NeedsThreePointsAndAFall) {
+  EXPECT_EQ(Knee({}, {}), -1);
   EXPECT_EQ(Knee({1, 2}, {2, 1}), -1);
   EXPECT_EQ(Knee({1, 2, 3}, {1, 1, 1}), -1);
   EXPECT_EQ(Knee({1, 1, 1}, {3, 2, 1}), -1);

@@ -18,11 +18,12 @@ const UnitFormat* FindUnitFormat(const UnitCosts& unit, const std::string& forma
   return nullptr;
 }
 
-Result<std::regex> Compile(const std::string& pattern) {
+Result<std::regex> Compile(const char* option, const FormatRule& rule) {
   try {
-    return std::regex(pattern, std::regex::ECMAScript);
+    return std::regex(rule.pattern, std::regex::ECMAScript);
   } catch (const std::regex_error& error) {
-    return Status::InvalidInput(fmt::format("pattern \"{}\": {}", pattern, error.what()));
+    return Status::InvalidInput(fmt::format("{} {}={}: the pattern \"{}\" is malformed: {}", option,
+                                            rule.pattern, rule.format, rule.pattern, error.what()));
   }
 }
 
@@ -39,8 +40,8 @@ void KeepOnly(UnitCosts& unit, const std::vector<std::string>& formats) {
 
 Status ApplyRule(std::vector<UnitCosts>& units, const std::vector<std::string>& formats,
                  const FormatRule& rule, bool pin) {
-  PQ_ASSIGN_OR_RETURN(const std::regex regex, Compile(rule.pattern));
   const char* option = pin ? "--pin" : "--forbid";
+  PQ_ASSIGN_OR_RETURN(const std::regex regex, Compile(option, rule));
   if (std::find(formats.begin(), formats.end(), rule.format) == formats.end()) {
     return Status::InvalidInput(fmt::format("{} {}={}: the format is none of --formats {}", option,
                                             rule.pattern, rule.format, fmt::join(formats, ",")));
@@ -104,8 +105,8 @@ Result<FormatRule> ParseFormatRule(const std::string& option, const std::string&
 }
 
 Result<int64_t> ParseSize(const std::string& option, const std::string& text) {
-  constexpr long double kByteRounding =
-      0x1p-10L;  // 2.01 is no binary fraction, 2.01GB is an integer
+  // 2.01GB is an integer, although 2.01 is no binary fraction.
+  constexpr long double kByteRounding = 0x1p-10L;
   static const std::map<std::string, long double> kUnits = {
       {"", 1},     {"B", 1},        {"kB", 1e3},     {"KB", 1e3},    {"MB", 1e6},
       {"GB", 1e9}, {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30}};
@@ -150,9 +151,10 @@ double Planner::BppOf(int64_t payload) const {
 }
 
 int64_t Planner::PayloadWithin(double bpp) const {
+  if (counted_weights_ == 0) return 0;
   const double bytes = std::floor(bpp * static_cast<double>(counted_weights_) / 8);
   int64_t payload = static_cast<int64_t>(std::clamp(bytes, -1.0, 0x1p52));
-  if (counted_weights_ > 0 && BppOf(payload + 1) <= bpp) ++payload;
+  if (BppOf(payload + 1) <= bpp) ++payload;
   if (BppOf(payload) > bpp) --payload;
   return payload;
 }

@@ -70,12 +70,13 @@ struct PlannedAllocation {
 
 class Planner {
  public:
-  // `fixed_bytes`: checkpoint bytes outside the units. A rule that matches nothing, or leaves a
-  // unit without a format, is kInvalidInput.
+  // `fixed_bytes`: checkpoint bytes outside the units. A rule that matches nothing, names a
+  // format that is not admitted, or leaves a unit without a format is kInvalidInput.
   static Result<Planner> Make(std::vector<UnitCosts> units, const PlanRules& rules,
                               int64_t fixed_bytes);
 
-  // The best plan; an infeasible budget is kUnmet and says the smallest feasible one.
+  // The best plan; an infeasible budget is kUnmet and says the smallest feasible one, with every
+  // digit that it takes to be feasible when it is given back.
   Result<PlannedAllocation> Plan(const Budget& budget) const;
   // One plan per bpp; infeasible ones are marked.
   Result<std::vector<PlannedAllocation>> Sweep(const std::vector<double>& bpps) const;

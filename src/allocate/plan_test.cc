@@ -1,7 +1,13 @@
 #include "allocate/plan.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
 
 namespace prismaquant {
 namespace {
@@ -73,8 +79,7 @@ TEST(Planner, AnInfeasibleBudgetNamesOneThatWorks) {
   const Planner planner = MakePlanner();
   const Status refused = planner.Plan(Bpp(3.9)).status();
   EXPECT_EQ(refused.code(), StatusCode::kUnmet);
-  EXPECT_THAT(refused.message(), HasSubstr("--bpp 3.9"));
-  EXPECT_THAT(refused.message(), HasSubstr("4.0000"));
+  EXPECT_EQ(refused.message(), "--bpp 3.9 cannot be met: the smallest feasible is 4");
   EXPECT_TRUE(planner.Plan(Bpp(4.0)).ok());
   EXPECT_DOUBLE_EQ(planner.SmallestBpp(), 4.0);
 
@@ -85,6 +90,91 @@ TEST(Planner, AnInfeasibleBudgetNamesOneThatWorks) {
   EXPECT_TRUE(planner.Plan(size).ok());
 }
 
+// One Linear whose formats hold these payloads; 7 more bytes each that bpp does not count.
+UnitCosts MakeUnit(const std::string& name, int64_t weights,
+                   const std::vector<std::pair<int64_t, double>>& payloads) {
+  UnitCosts unit{.name = name, .linears = {name}, .weights = weights, .formats = {}};
+  const std::vector<std::string> names = Rules().formats;
+  for (const auto& [payload, cost] : payloads)
+    unit.formats.push_back({names[unit.formats.size()], payload + 7, payload, cost});
+  return unit;
+}
+
+TEST(Planner, TheBudgetThatARefusalNamesIsTheLeastThatWorks) {
+  std::mt19937 random(3);
+  for (int round = 0; round < 500; ++round) {
+    std::vector<UnitCosts> units;
+    for (int u = 0; u < 3; ++u) {
+      const auto weights = static_cast<int64_t>(1 + random() % 1'000'000);
+      units.push_back(
+          MakeUnit(fmt::format("u{}", u), weights, {{weights * 5 / 9, 1.0}, {weights, 0.1}}));
+    }
+    const Planner planner = Planner::Make(units, Rules(), kFixedBytes).value();
+    const std::string message = planner.Plan(Bpp(0.5)).status().message();
+    const double named = std::stod(message.substr(message.rfind(' ')));
+    EXPECT_EQ(named, planner.SmallestBpp()) << message;
+    const Result<PlannedAllocation> plan = planner.Plan(Bpp(named));
+    ASSERT_TRUE(plan.ok()) << message << ", then " << plan.status().message();
+    EXPECT_EQ(plan->bpp, named);
+    EXPECT_FALSE(planner.Plan(Bpp(std::nextafter(named, 0))).ok());
+  }
+}
+
+TEST(Planner, ADecimalBudgetIsSpentToTheLastByte) {
+  // 4.35 * 800 / 8 is 435, in doubles 434.99...
+  const std::vector<UnitCosts> units = {MakeUnit("u", 800, {{400, 2.0}, {434, 1.5}, {435, 1.0}})};
+  const Planner planner = Planner::Make(units, Rules(), kFixedBytes).value();
+  EXPECT_EQ(planner.Plan(Bpp(4.35))->cost, 1.0);
+  EXPECT_EQ(planner.Plan(Bpp(4.35))->slack, 0);
+  EXPECT_EQ(planner.Plan(Bpp(4.3499999))->cost, 1.5);
+}
+
+TEST(Planner, TakesAnyNumberAsABudget) {
+  const Planner planner = MakePlanner();
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const double large : {16.0, 1e6, 1e300, infinity}) {
+    const Result<PlannedAllocation> plan = planner.Plan(Bpp(large));
+    ASSERT_TRUE(plan.ok()) << plan.status().message();
+    EXPECT_EQ(plan->bpp, 16.0);
+    EXPECT_EQ(plan->price, 0);
+  }
+  for (const double small : {3.99, 0.0, -1.0, -1e300, -infinity})
+    EXPECT_EQ(planner.Plan(Bpp(small)).status().code(), StatusCode::kUnmet) << small;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_EQ(planner.Plan(Bpp(nan)).status().code(), StatusCode::kInvalidInput);
+  EXPECT_EQ(planner.Sweep({5, nan}).status().code(), StatusCode::kInvalidInput);
+}
+
+TEST(Planner, BppOfUnitsWithoutAChoiceIsZero) {
+  const std::vector<UnitCosts> units = {MakeUnit("u", 800, {{400, 2.0}})};
+  const Planner planner = Planner::Make(units, Rules(), kFixedBytes).value();
+  EXPECT_EQ(planner.SmallestBpp(), 0);
+  const Result<PlannedAllocation> plan = planner.Plan(Bpp(1));
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_EQ(plan->bpp, 0);
+  EXPECT_EQ(plan->slack, 0);
+  EXPECT_EQ(plan->file_bytes, kFixedBytes + 407);
+}
+
+TEST(Planner, UnitsCountByTheFormatsBeforeTheRules) {
+  PlanRules rules = Rules();
+  rules.pin = {{".", "bf16"}};
+  EXPECT_DOUBLE_EQ(MakePlanner(rules).SmallestBpp(), 16.0);
+  rules.pin = {};
+  rules.formats = {"bf16"};
+  EXPECT_EQ(MakePlanner(rules).SmallestBpp(), 0) << "one format is no choice";
+}
+
+TEST(Planner, SizeWeighsBytesThatBppDoesNotCount) {
+  // fp8 has the smaller payload, nvfp4 the smaller file.
+  UnitCosts unit = MakeUnit("u", 8, {{10, 1.0}, {9, 1.0}, {16, 0}});
+  unit.formats[1].bytes = 40;
+  const Planner planner = Planner::Make({unit}, Rules(), 0).value();
+  EXPECT_EQ(planner.Plan(Bpp(10))->choices.at("u"), "fp8");
+  const Budget size{.kind = Budget::Kind::kFileBytes, .bpp = 0, .file_bytes = 17};
+  EXPECT_EQ(planner.Plan(size)->choices.at("u"), "nvfp4");
+}
+
 TEST(Planner, SweepMarksInfeasiblePointsWithTheSmallestFeasibleOne) {
   const Result<std::vector<PlannedAllocation>> sweep = MakePlanner().Sweep({3, 4, 8});
   ASSERT_TRUE(sweep.ok());
@@ -93,9 +183,21 @@ TEST(Planner, SweepMarksInfeasiblePointsWithTheSmallestFeasibleOne) {
   EXPECT_TRUE((*sweep)[1].feasible);
   const Json json = PlanToJson((*sweep)[2], *sweep);
   EXPECT_EQ(json["frontier"][0]["feasible"], false);
+  EXPECT_EQ(json["frontier"][0]["target_bpp"], 3.0);
+  EXPECT_FALSE(json["frontier"][0].contains("predicted_kl"));
   EXPECT_DOUBLE_EQ(json["frontier"][0]["smallest_feasible_bpp"], 4.0);
   EXPECT_EQ(json["frontier"][1]["feasible"], true);
   EXPECT_EQ(json["frontier"][1]["target_bpp"], 4.0);
+}
+
+TEST(Planner, TheKneeIsAFeasiblePointOfTheSweep) {
+  const Planner planner = MakePlanner();
+  const auto sweep = planner.Sweep({3, 4, 6, 8, 16}).value();
+  EXPECT_EQ(KneeOf(sweep), 3);
+  EXPECT_EQ(PlanToJson(sweep[4], sweep)["knee"]["bpp"], 8.0);
+  const auto few = planner.Sweep({2, 3, 4, 6}).value();
+  EXPECT_EQ(KneeOf(few), -1) << "two feasible points";
+  EXPECT_TRUE(PlanToJson(few[3], few)["knee"].is_null());
 }
 
 TEST(Planner, PinsAndForbidsActOnWholeUnits) {
@@ -126,6 +228,18 @@ TEST(Planner, RefusesRulesThatCannotHold) {
   rules.pin = {{"down", "fp8"}};
   rules.forbid = {{"down", "fp8"}};
   EXPECT_THAT(refusal(rules), HasSubstr("without a format"));
+  rules.forbid = {};
+  rules.pin = {{"q_proj", "fp8"}, {"k_proj", "bf16"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("--pin k_proj=bf16: l.0.qkv_proj"));
+  rules.pin = {};
+  rules.forbid = {{"[", "fp8"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("--forbid [=fp8: the pattern \"[\""));
+  rules.forbid = {{"no_such", "fp8"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("--forbid no_such=fp8: matches no Linear"));
+  rules.forbid = {{"down", "nvpf4"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("--forbid down=nvpf4: the format is none of --formats"));
+  rules.forbid = {{"down", "fp8"}, {"down", "nvfp4"}, {"down", "bf16"}};
+  EXPECT_THAT(refusal(rules), HasSubstr("--forbid down=bf16: leaves l.1.down_proj"));
   rules = Rules();
   rules.formats = {"nvfp4"};
   EXPECT_THAT(refusal(rules), HasSubstr("--formats nvfp4"));
@@ -137,6 +251,10 @@ TEST(Planner, UniformTakesTheLargestOtherFormatWhereItCannot) {
   EXPECT_EQ(plan->choices.at("l.0.q_proj"), "fp8");
   EXPECT_EQ(plan->choices.at("l.2.odd"), "bf16");
   EXPECT_DOUBLE_EQ(plan->bpp, 8.0);
+  EXPECT_EQ(plan->lower_bound, plan->cost);
+  PlanRules rules = Rules();
+  rules.pin = {{"down", "bf16"}};
+  EXPECT_EQ(MakePlanner(rules).Uniform("nvfp4")->choices.at("l.1.down_proj"), "bf16");
 }
 
 TEST(Plan, JsonGoesOutAndComesBack) {
@@ -179,8 +297,18 @@ TEST(Size, TakesDecimalAndBinaryUnits) {
   EXPECT_EQ(*ParseSize("--size", "1.5GiB"), 3 * (int64_t{1} << 29));
   EXPECT_EQ(*ParseSize("--size", "5000"), 5000);
   EXPECT_EQ(*ParseSize("--size", "2 MB"), 2'000'000);
+  EXPECT_EQ(*ParseSize("--size", "3KiB"), 3072);
+  EXPECT_EQ(*ParseSize("--size", "1.0000000009kB"), 1000);
   for (const char* bad : {"", "GB", "-1GB", "0", "1TBx", "nan", "1e30GB"}) {
     EXPECT_THAT(ParseSize("--size", bad).status().message(), HasSubstr("23GB")) << bad;
+  }
+}
+
+TEST(Size, EveryDecimalIsTheIntegerThatItSays) {
+  for (int64_t hundredths = 1; hundredths <= 5000; ++hundredths) {
+    const std::string text = fmt::format("{}.{:02}", hundredths / 100, hundredths % 100);
+    EXPECT_EQ(*ParseSize("--size", text + "GB"), hundredths * 10'000'000) << text;
+    EXPECT_EQ(*ParseSize("--size", text + "kB"), hundredths * 10) << text;
   }
 }
 
@@ -213,6 +341,22 @@ TEST(CostTable, IsReadAndItsFaultsAreNamed) {
                   .status()
                   .message(),
               HasSubstr("listed twice"));
+  const auto refusal = [&](const char* text) {
+    const Status status = parse(text).status();
+    EXPECT_EQ(status.code(), StatusCode::kInvalidInput) << text;
+    EXPECT_THAT(status.message(), HasSubstr("costs.json")) << text;
+    return status.message();
+  };
+  refusal("[]");
+  refusal(R"({"schema":1,"units":{}})");
+  refusal(R"({"schema":1,"units":["u"]})");
+  EXPECT_THAT(refusal(R"({"schema":1,"units":[{"name":"u","choices":["fp8"]}]})"),
+              HasSubstr("unit u"));
+  EXPECT_THAT(refusal(R"({"schema":1,"units":[{"name":"u","weights":-8,"choices":[]}]})"),
+              HasSubstr("-8 weights"));
+  EXPECT_THAT(refusal(R"({"schema":1,"units":[{"name":"u","choices":[{"format":"a","bytes":1,
+      "cost":"low"}]}]})"),
+              HasSubstr("cost"));
 }
 
 }  // namespace
