@@ -41,18 +41,39 @@ std::vector<int32_t> Ids(int64_t tokens, int64_t vocab_size) {
   return ids;
 }
 
-// Summed cross-entropy of the next tokens, in float64 from the definition.
-double NextTokenLoss(const OutputHead& head, const at::Tensor& hidden,
-                     const std::vector<int32_t>& ids) {
+// Summed cross-entropy of the first positions' labels, in float64 from the definition.
+double CrossEntropy(const OutputHead& head, const at::Tensor& hidden,
+                    const std::vector<int64_t>& labels) {
   const at::Tensor logits = head.Logits(hidden);
   double loss = 0;
-  for (size_t t = 0; t + 1 < ids.size(); ++t) {
+  for (size_t t = 0; t < labels.size(); ++t) {
     const double* row = logits[static_cast<int64_t>(t)].const_data_ptr<double>();
     double sum = 0;
     for (int64_t v = 0; v < head.vocab_size(); ++v) sum += std::exp(row[v]);
-    loss += std::log(sum) - row[ids[t + 1]];
+    loss += std::log(sum) - row[labels[t]];
   }
   return loss;
+}
+
+double NextTokenLoss(const OutputHead& head, const at::Tensor& hidden,
+                     const std::vector<int32_t>& ids) {
+  return CrossEntropy(head, hidden, {ids.begin() + 1, ids.end()});
+}
+
+void ExpectSlopes(const OutputHead& head, const at::Tensor& hidden,
+                  const std::vector<int64_t>& labels, const at::Tensor& gradient) {
+  constexpr double kStep = 1e-5;
+  ASSERT_EQ(gradient.sizes(), hidden.sizes());
+  EXPECT_EQ(gradient.scalar_type(), at::kDouble);
+  for (int64_t t = 0; t < hidden.size(0); ++t) {
+    for (int64_t i = 0; i < hidden.size(1); ++i) {
+      at::Tensor up = hidden.clone(), down = hidden.clone();
+      up[t][i] += kStep;
+      down[t][i] -= kStep;
+      const double rise = CrossEntropy(head, up, labels) - CrossEntropy(head, down, labels);
+      EXPECT_NEAR(gradient[t][i].item<double>(), rise / (2 * kStep), 1e-5) << t << " " << i;
+    }
+  }
 }
 
 std::vector<int64_t> SampledLabels(const at::Tensor& logits, int64_t sequence, uint64_t seed) {
@@ -85,7 +106,7 @@ TEST(UniformAt, LiesInTheHalfOpenUnitIntervalAndIsUniform) {
   EXPECT_NEAR(sum / kCount, 0.5, 0.01);
   EXPECT_NEAR(square / kCount, 1.0 / 3, 0.01);
   EXPECT_NEAR(lag / kCount, 0, 0.005);
-  for (const int bin : bins) EXPECT_NEAR(bin, kCount / kBins, 160);
+  for (const int bin : bins) EXPECT_NEAR(bin * kBins, kCount, 160 * kBins);
 }
 
 TEST(UniformAt, EveryArgumentMatters) {
@@ -107,20 +128,19 @@ TEST(LossAndGradient, DataLabelsAgreeWithFiniteDifferences) {
   const std::vector<int32_t> ids = Ids(9, 11);
   const SequenceLoss result = LossAndGradient(head, hidden, ids, 0, {.labels = LabelRule::kData});
   EXPECT_NEAR(result.loss, NextTokenLoss(head, hidden, ids), 1e-5 * result.loss);
-  ASSERT_EQ(result.gradient.sizes(), hidden.sizes());
-  EXPECT_EQ(result.gradient.scalar_type(), at::kDouble);
-  constexpr double kStep = 1e-5;
-  for (int64_t t = 0; t < 9; ++t) {
-    for (int64_t i = 0; i < 6; ++i) {
-      at::Tensor up = hidden.clone(), down = hidden.clone();
-      up[t][i] += kStep;
-      down[t][i] -= kStep;
-      const double slope =
-          (NextTokenLoss(head, up, ids) - NextTokenLoss(head, down, ids)) / (2 * kStep);
-      EXPECT_NEAR(result.gradient[t][i].item<double>(), slope, 1e-5) << t << " " << i;
-    }
-  }
+  ExpectSlopes(head, hidden, {ids.begin() + 1, ids.end()}, result.gradient);
   EXPECT_EQ(result.gradient[8].abs().max().item<double>(), 0) << "the last token has no label";
+}
+
+TEST(LossAndGradient, SampledLabelsAgreeWithFiniteDifferences) {
+  torch::manual_seed(7);
+  const TanhHead head(torch::randn({11, 6}, at::kDouble));
+  const at::Tensor hidden = torch::randn({9, 6}, at::kDouble);
+  const std::vector<int64_t> labels = SampledLabels(head.Logits(hidden), 2, 5);
+  EXPECT_GT(std::set<int64_t>(labels.begin(), labels.end()).size(), 2U);
+  const SequenceLoss result = LossAndGradient(head, hidden, Ids(9, 11), 2, {.seed = 5});
+  EXPECT_NEAR(result.loss, CrossEntropy(head, hidden, labels), 1e-5 * result.loss);
+  ExpectSlopes(head, hidden, labels, result.gradient);
 }
 
 TEST(LossAndGradient, BlocksMakeNoDifference) {

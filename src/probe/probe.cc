@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <memory>
 
@@ -20,7 +22,10 @@ constexpr char kForward[] = "forward";
 constexpr char kHead[] = "head";
 constexpr char kBackward[] = "backward";
 
-std::string GradientBlob(int64_t layer) { return fmt::format("gradient/{}", layer); }
+constexpr char kHiddenFolder[] = "hidden";
+constexpr char kGradientFolder[] = "gradient";
+
+std::string GradientBlob(int64_t layer) { return fmt::format("{}/{}", kGradientFolder, layer); }
 
 Status PutTensor(RunStore& store, const std::string& blob, const at::Tensor& tensor) {
   const TensorSpec spec{blob, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()};
@@ -37,6 +42,18 @@ Result<MappedTensor> GetTensor(const RunStore& store, const std::string& blob) {
   PQ_ASSIGN_OR_RETURN(SafetensorsFile file, store.Blob(blob));
   at::Tensor tensor = TensorFromView(file.tensors().front());
   return MappedTensor{std::move(file), std::move(tensor)};
+}
+
+bool AllFinite(const at::Tensor& tensor) { return tensor.isfinite().all().item<bool>(); }
+
+bool AllFinite(const LinearStats& stats) {
+  return std::isfinite(stats.fisher_trace) && std::isfinite(stats.grad_square);
+}
+
+bool AllFinite(const LinearCost& cost) {
+  return std::isfinite(cost.weight_mse) &&
+         std::all_of(cost.directional.begin(), cost.directional.end(),
+                     [](double s) { return std::isfinite(s); });
 }
 
 // Weights of one layer in the compute dtype, by Linear name.
@@ -117,7 +134,14 @@ class Probe {
 
   Status Run() {
     PQ_ASSIGN_OR_RETURN(const bool finished, store_.IsDone(kBackward, 0));
-    if (finished) return {};
+    if (!finished) PQ_RETURN_IF_ERROR(RunStages());
+    // Also what a run left that was killed between a mark and the removals that follow it.
+    PQ_RETURN_IF_ERROR(store_.RemoveBlobs(kGradientFolder));
+    return store_.RemoveBlobs(kHiddenFolder);
+  }
+
+ private:
+  Status RunStages() {
     PQ_ASSIGN_OR_RETURN(const bool head_done, store_.IsDone(kHead, 0));
     if (!head_done) {
       PQ_RETURN_IF_ERROR(Forward());
@@ -126,7 +150,11 @@ class Probe {
     return Backward();
   }
 
- private:
+  Status NotFinite(const std::string& what) const {
+    return Status::InvalidInput(fmt::format("{}: {} is not finite on the calibration text",
+                                            model_.checkpoint().folder().string(), what));
+  }
+
   // Input of `layer` for all sequences.
   Result<MappedTensor> Hidden(int layer) const { return GetTensor(store_, HiddenBlob(layer)); }
 
@@ -168,11 +196,7 @@ class Probe {
     for (int64_t n = 0; n < windows_.count(); ++n) {
       output[n].copy_(RunLayer(*block, context_, input.tensor.narrow(0, n, 1), runner)[0]);
     }
-    if (!output.isfinite().all().item<bool>()) {
-      return Status::InvalidInput(
-          fmt::format("{}: the output of layer {} is not finite on the calibration text",
-                      model_.checkpoint().folder().string(), layer));
-    }
+    if (!AllFinite(output)) return NotFinite(fmt::format("the output of layer {}", layer));
     PQ_RETURN_IF_ERROR(PutTensor(store_, HiddenBlob(layer + 1), output));
     std::vector<LinearStats> maxima;
     for (const LinearInfo& linear : model_.LayerLinears(layer)) {
@@ -192,6 +216,7 @@ class Probe {
           LossAndGradient(*head, hidden.tensor[n], windows_.windows[n], n, options_).gradient);
       progress.Advance();
     }
+    if (!AllFinite(gradient)) return NotFinite("the gradient of the loss");
     PQ_RETURN_IF_ERROR(PutTensor(store_, GradientBlob(layers_), gradient));
     return store_.Commit(kHead, 0);
   }
@@ -260,10 +285,21 @@ class Probe {
     std::vector<BlobTensor> blob;
     for (const LinearStatistics& linear : statistics) {
       stats.push_back(linear.Stats());
-      for (LinearCost& cost : linear.Costs()) costs.push_back(std::move(cost));
+      if (!AllFinite(stats.back())) {
+        return NotFinite(fmt::format("the Fisher trace of {}", stats.back().name));
+      }
+      for (LinearCost& cost : linear.Costs()) {
+        if (!AllFinite(cost)) {
+          return NotFinite(fmt::format("the cost of {} for {}", cost.format, cost.linear));
+        }
+        costs.push_back(std::move(cost));
+      }
       weights.push_back(linear.TokenWeights());
       blob.push_back({{stats.back().name, DType::kF32, weights.back().sizes().vec()},
                       TensorBytes(weights.back())});
+    }
+    if (!AllFinite(gradient)) {
+      return NotFinite(fmt::format("the gradient at the input of layer {}", layer));
     }
     PQ_RETURN_IF_ERROR(store_.PutBlob(TokenWeightBlob(layer), blob));
     if (layer > 0) PQ_RETURN_IF_ERROR(PutTensor(store_, GradientBlob(layer), gradient));
@@ -282,7 +318,7 @@ class Probe {
 
 }  // namespace
 
-std::string HiddenBlob(int64_t layer) { return fmt::format("hidden/{}", layer); }
+std::string HiddenBlob(int64_t layer) { return fmt::format("{}/{}", kHiddenFolder, layer); }
 
 std::string TokenWeightBlob(int64_t layer) { return fmt::format("token_weight/{}", layer); }
 

@@ -3,15 +3,20 @@
 #include <fmt/format.h>
 #include <sqlite3.h>
 
+#include <cmath>
 #include <cstring>
 
 namespace prismaquant {
 namespace {
 
-Status SqliteError(sqlite3* database, const std::string& doing) {
+std::string FileName(sqlite3* database) {
   const char* file = sqlite3_db_filename(database, "main");
-  const std::string message = fmt::format("{}: {}: {}", file == nullptr ? "run store" : file, doing,
-                                          sqlite3_errmsg(database));
+  return file == nullptr ? "run store" : file;
+}
+
+Status SqliteError(sqlite3* database, const std::string& doing) {
+  const std::string message =
+      fmt::format("{}: {}: {}", FileName(database), doing, sqlite3_errmsg(database));
   const int code = sqlite3_errcode(database) & 0xff;
   const bool damaged = code == SQLITE_NOTADB || code == SQLITE_CORRUPT;
   return damaged ? Status::InvalidInput(message + "; use another --work folder")
@@ -25,7 +30,14 @@ void Statement::Finalizer::operator()(sqlite3_stmt* statement) const {
 }
 
 void Statement::Note(int code) {
-  if (code != SQLITE_OK && error_ == SQLITE_OK) error_ = code;
+  if (code != SQLITE_OK) Refuse(sqlite3_errstr(code));
+}
+
+void Statement::Refuse(const char* reason) {
+  if (!error_.ok()) return;
+  error_ = Status::System(fmt::format("{}: value {} of \"{}\": {}",
+                                      FileName(sqlite3_db_handle(statement_.get())),
+                                      next_parameter_ - 1, sqlite3_sql(statement_.get()), reason));
 }
 
 Statement& Statement::Bind(int64_t value) {
@@ -35,6 +47,7 @@ Statement& Statement::Bind(int64_t value) {
 
 Statement& Statement::Bind(double value) {
   Note(sqlite3_bind_double(statement_.get(), next_parameter_++, value));
+  if (std::isnan(value)) Refuse("NaN, expected a number");
   return *this;
 }
 
@@ -52,9 +65,7 @@ Statement& Statement::Bind(std::span<const double> values) {
 
 Result<bool> Statement::Step() {
   sqlite3* database = sqlite3_db_handle(statement_.get());
-  if (error_ != SQLITE_OK) {
-    return Status::System(fmt::format("run store: binding a value: {}", sqlite3_errstr(error_)));
-  }
+  PQ_RETURN_IF_ERROR(error_);
   const int code = sqlite3_step(statement_.get());
   if (code == SQLITE_ROW) return true;
   if (code == SQLITE_DONE) return false;
@@ -69,7 +80,8 @@ double Statement::Double(int column) const {
 
 std::string Statement::Text(int column) const {
   const auto* text = reinterpret_cast<const char*>(sqlite3_column_text(statement_.get(), column));
-  return text == nullptr ? "" : text;
+  if (text == nullptr) return "";
+  return {text, static_cast<size_t>(sqlite3_column_bytes(statement_.get(), column))};
 }
 
 std::vector<double> Statement::Doubles(int column) const {

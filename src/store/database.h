@@ -23,7 +23,7 @@ namespace prismaquant {
 class Statement {
  public:
   Statement& Bind(int64_t value);
-  Statement& Bind(double value);
+  Statement& Bind(double value);  // NaN is an error: SQLite would store NULL, which reads as 0
   Statement& Bind(std::string_view value);
   Statement& Bind(std::span<const double> values);  // as a blob of little-endian float64
   // True: a row is ready to be read. False: done. Errors (also those of Bind) are reported here.
@@ -41,10 +41,11 @@ class Statement {
   };
   explicit Statement(sqlite3_stmt* statement) : statement_(statement) {}
   void Note(int code);
+  void Refuse(const char* reason);
 
   std::unique_ptr<sqlite3_stmt, Finalizer> statement_;
   int next_parameter_ = 1;
-  int error_ = 0;
+  Status error_;  // of the first Bind that failed
 };
 
 class Database {
@@ -54,16 +55,17 @@ class Database {
 
   Status Execute(const std::string& sql);
   Result<Statement> Prepare(const std::string& sql);
-  // Runs `body` between BEGIN and COMMIT; rolls back if it fails.
+  // Runs `body` between BEGIN and COMMIT; rolls back if either fails.
   template <typename Body>
   Status Transaction(Body body) {
     PQ_RETURN_IF_ERROR(Execute("BEGIN IMMEDIATE"));
-    if (Status status = body(); !status.ok()) {
+    Status status = body();
+    if (status.ok()) status = Execute("COMMIT");
+    if (!status.ok()) {
       const Status ignored = Execute("ROLLBACK");
       (void)ignored;
-      return status;
     }
-    return Execute("COMMIT");
+    return status;
   }
 
  private:

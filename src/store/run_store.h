@@ -62,7 +62,8 @@ class RunStore {
   Result<std::map<std::string, std::string>> Identity();
 
   Result<bool> IsDone(const std::string& stage, int64_t layer);
-  // Marks (stage, layer) done together with its rows.
+  // Marks (stage, layer) done together with its rows. A NaN among the numbers of a row, except in
+  // `directional`, is kSystem, and nothing is committed.
   Status Commit(const std::string& stage, int64_t layer, const std::vector<LinearStats>& stats = {},
                 const std::vector<LinearCost>& costs = {});
   // Forgets all marks of a stage.

@@ -202,6 +202,31 @@ TEST_F(RunStoreTest, ALaterCommitReplacesRowsOfTheSameLinear) {
   EXPECT_EQ(store.Stats()->front().input_amax, 2);
 }
 
+TEST_F(RunStoreTest, ACommitThatFailsLeavesNeitherRowsNorMark) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  RunStore store = Must();
+  const LinearStats good{.name = "a"}, bad{.name = "b", .fisher_trace = kNan};
+  const Status status = store.Commit("backward", 1, {good, bad});
+  EXPECT_EQ(status.code(), StatusCode::kSystem);
+  EXPECT_THAT(status.message(), AllOf(HasSubstr("run.sqlite"), HasSubstr("NaN")));
+  EXPECT_FALSE(store.Commit("backward", 1, {good}, {{"a", "fp8", kNan, {}}}).ok());
+  EXPECT_FALSE(*store.IsDone("backward", 1));
+  EXPECT_TRUE(store.Stats()->empty());
+  EXPECT_TRUE(store.Costs()->empty());
+  ASSERT_TRUE(store.Commit("backward", 1, {good}).ok());
+  EXPECT_EQ(store.Stats()->size(), 1U);
+}
+
+TEST_F(RunStoreTest, InfiniteNumbersSurvive) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  RunStore store = Must();
+  const LinearStats stats{.name = "a", .input_amax = kInfinity, .fisher_trace = -kInfinity};
+  ASSERT_TRUE(store.Commit("backward", 0, {stats}, {{"a", "fp8", kInfinity, {}}}).ok());
+  EXPECT_EQ(store.Stats()->front().input_amax, kInfinity);
+  EXPECT_EQ(store.Stats()->front().fisher_trace, -kInfinity);
+  EXPECT_EQ(store.Costs()->at("a").at("fp8").weight_mse, kInfinity);
+}
+
 TEST_F(RunStoreTest, ForgetTakesBackTheMarksOfOneStage) {
   RunStore store = Must();
   ASSERT_TRUE(store.Commit("a", 0).ok());
@@ -252,14 +277,17 @@ TEST_F(RunStoreTest, AFailureAtAnyMomentOfAWriteKeepsTheOldBlob) {
   }
   ASSERT_GT(operations, 3);
   for (int64_t n = 0; n < operations; ++n) {
-    FaultyFileSystem faulty;
-    RunStore store = RunStore::Open(faulty, folder_ / "work").value();
-    faulty.FailFrom(faulty.operations() + n);
-    const Status status = Put(store, "b", "new");
-    EXPECT_EQ(status.code(), StatusCode::kSystem);
-    const std::string found = Get(store, "b");
     // Only syncing the folder comes after the rename.
-    EXPECT_EQ(found, n + 1 < operations ? "old" : "new") << "failing operation " << n;
+    const std::string expected = n + 1 < operations ? "old" : "new";
+    {
+      FaultyFileSystem faulty;
+      RunStore store = RunStore::Open(faulty, folder_ / "work").value();
+      faulty.FailFrom(faulty.operations() + n);
+      const Status status = Put(store, "b", "new");
+      EXPECT_EQ(status.code(), StatusCode::kSystem);
+      EXPECT_EQ(Get(store, "b"), expected) << "failing operation " << n;
+    }
+    EXPECT_EQ(Get(Must(), "b"), expected) << "reopened after failing operation " << n;
   }
 }
 
@@ -271,21 +299,6 @@ TEST_F(RunStoreTest, AFullDiskIsASystemError) {
   EXPECT_EQ(status.code(), StatusCode::kSystem);
   EXPECT_THAT(status.message(), HasSubstr("No space left"));
   EXPECT_FALSE(store.Blob("b").ok());
-}
-
-TEST(Database, ATransactionThatFailsLeavesNothing) {
-  const TemporaryFolder folder;
-  Database database = Database::Open(folder / "d.sqlite").value();
-  ASSERT_TRUE(database.Execute("CREATE TABLE t (x)").ok());
-  const Status status = database.Transaction([&]() -> Status {
-    PQ_RETURN_IF_ERROR(database.Execute("INSERT INTO t VALUES (1)"));
-    return Status::Unmet("stop");
-  });
-  EXPECT_EQ(status.message(), "stop");
-  Statement count = database.Prepare("SELECT COUNT(*) FROM t").value();
-  ASSERT_TRUE(*count.Step());
-  EXPECT_EQ(count.Int(0), 0);
-  EXPECT_THAT(database.Execute("NONSENSE").message(), HasSubstr("d.sqlite"));
 }
 
 }  // namespace

@@ -1,0 +1,98 @@
+#ifndef PRISMAQUANT_PROBE_TINY_CHECKPOINT_H_
+#define PRISMAQUANT_PROBE_TINY_CHECKPOINT_H_
+
+// TinyCheckpoint: for tests, a Qwen3 checkpoint of two layers with random weights and calibration
+// windows for it. Of its units, MXFP8's kernels take only the fused query, key and value (128
+// outputs).
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "data/calibration.h"
+#include "formats/format.h"
+#include "formats/tensor_bytes.h"
+#include "io/checkpoint.h"
+#include "io/temporary_folder.h"
+#include "model/model.h"
+
+namespace prismaquant {
+
+class TinyCheckpoint {
+ public:
+  static constexpr int kLayers = 2;
+  static constexpr int64_t kSequences = 3, kTokens = 10;
+
+  // Weights are normal with standard deviation 0.3 times their entry in `scales`, 1 without one.
+  explicit TinyCheckpoint(std::map<std::string, double> scales = {}) : scales_(std::move(scales)) {
+    at::set_num_threads(1);
+    torch::manual_seed(1);
+    Add("model.embed_tokens.weight", {48, 64});
+    Add("model.norm.weight", {64});
+    for (int layer = 0; layer < kLayers; ++layer) {
+      const std::string prefix = "model.layers." + std::to_string(layer) + ".";
+      Add(prefix + "input_layernorm.weight", {64});
+      Add(prefix + "post_attention_layernorm.weight", {64});
+      Add(prefix + "self_attn.q_proj.weight", {64, 64});
+      Add(prefix + "self_attn.k_proj.weight", {32, 64});
+      Add(prefix + "self_attn.v_proj.weight", {32, 64});
+      Add(prefix + "self_attn.o_proj.weight", {64, 64});
+      Add(prefix + "self_attn.q_norm.weight", {32});
+      Add(prefix + "self_attn.k_norm.weight", {32});
+      Add(prefix + "mlp.gate_proj.weight", {96, 64});
+      Add(prefix + "mlp.up_proj.weight", {96, 64});
+      Add(prefix + "mlp.down_proj.weight", {64, 96});
+    }
+    const Json config = {{"architectures", {"Qwen3ForCausalLM"}},
+                         {"vocab_size", 48},
+                         {"hidden_size", 64},
+                         {"num_hidden_layers", kLayers},
+                         {"intermediate_size", 96},
+                         {"num_attention_heads", 2},
+                         {"num_key_value_heads", 1},
+                         {"head_dim", 32},
+                         {"tie_word_embeddings", true}};
+    const Status written =
+        CheckpointWriter::Write(FileSystem::Default(), folder_ / "source", {.overwrite = true},
+                                plan_, {{"config.json", config.dump()}});
+    EXPECT_TRUE(written.ok()) << written.message();
+    checkpoint_ = std::make_unique<Checkpoint>(Checkpoint::Open(folder_ / "source").value());
+    model_ = Model::Open(*checkpoint_).value();
+    for (int32_t n = 0; n < kSequences; ++n) {
+      std::vector<int32_t>& window = windows_.windows.emplace_back();
+      for (int32_t t = 0; t < kTokens; ++t) window.push_back((n * 31 + t * t * 7 + n * t) % 48);
+    }
+  }
+
+  const Model& model() const { return *model_; }
+  const TokenWindows& windows() const { return windows_; }
+
+ private:
+  void Add(const std::string& name, const std::vector<int64_t>& shape) {
+    const auto scale = scales_.find(name);
+    const double deviation = 0.3 * (scale == scales_.end() ? 1 : scale->second);
+    const at::Tensor tensor = (torch::randn(shape) * deviation).to(at::kBFloat16);
+    CheckpointWriter::Tensor& entry = plan_.emplace_back();
+    entry.spec = {name, DType::kBF16, shape};
+    entry.write = [tensor](const CheckpointWriter::Sink& sink) {
+      return sink(TensorBytes(tensor));
+    };
+  }
+
+  std::map<std::string, double> scales_;
+  TemporaryFolder folder_;
+  std::vector<CheckpointWriter::Tensor> plan_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<Model> model_;
+  TokenWindows windows_;
+};
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_PROBE_TINY_CHECKPOINT_H_
