@@ -14,10 +14,15 @@ at::Tensor Normalized(const at::Tensor& x, double eps) {
 }
 
 // Inverse frequencies float32 [rotary_dim / 2], as the reference computes them.
-at::Tensor InverseFrequencies(const ModelConfig& config) {
+at::Tensor InverseFrequencies(int64_t rotary_dim, double theta) {
   const at::Tensor exponents =
-      at::arange(0, config.rotary_dim, 2, at::kFloat) / static_cast<double>(config.rotary_dim);
-  at::Tensor frequencies = 1.0 / at::pow(config.rope_theta, exponents);
+      at::arange(0, rotary_dim, 2, at::kFloat) / static_cast<double>(rotary_dim);
+  return 1.0 / at::pow(theta, exponents);
+}
+
+at::Tensor ScaledFrequencies(const ModelConfig& config) {
+  const at::Tensor frequencies =
+      InverseFrequencies(config.rotary_dim, config.rope_theta) / config.rope_factor;
   if (!config.rope_scaling) return frequencies;
   const Llama3RopeScaling& scaling = *config.rope_scaling;
   const auto context = static_cast<double>(scaling.original_max_position);
@@ -53,29 +58,43 @@ at::Tensor GatedRmsNorm(const at::Tensor& x, const at::Tensor& weight, const at:
 
 SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens,
                               const ComputeOptions& options) {
-  const at::Tensor half = at::outer(at::arange(tokens, at::kFloat), InverseFrequencies(config));
-  const at::Tensor angles = at::cat({half, half}, -1).to(options.device);
-  return {.cos = angles.cos().to(options.dtype), .sin = angles.sin().to(options.dtype)};
+  const auto turn = [&](const at::Tensor& frequencies, at::Tensor& cos, at::Tensor& sin) {
+    const at::Tensor half = at::outer(at::arange(tokens, at::kFloat), frequencies);
+    const at::Tensor angles = at::cat({half, half}, -1).to(options.device);
+    cos = angles.cos().to(options.dtype);
+    sin = angles.sin().to(options.dtype);
+  };
+  SequenceContext context;
+  turn(ScaledFrequencies(config), context.cos, context.sin);
+  if (config.local_rope_theta > 0) {
+    turn(InverseFrequencies(config.rotary_dim, config.local_rope_theta), context.local_cos,
+         context.local_sin);
+  }
+  return context;
 }
 
-at::Tensor ApplyRotary(const at::Tensor& x, const SequenceContext& context) {
-  const int64_t dim = context.cos.size(-1);
+at::Tensor ApplyRotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  const int64_t dim = cos.size(-1);
   const at::Tensor rotated = x.narrow(-1, 0, dim);
   const at::Tensor first = rotated.narrow(-1, 0, dim / 2),
                    second = rotated.narrow(-1, dim / 2, dim / 2);
-  const at::Tensor y = rotated * context.cos + at::cat({-second, first}, -1) * context.sin;
+  const at::Tensor y = rotated * cos + at::cat({-second, first}, -1) * sin;
   if (dim == x.size(-1)) return y;
   return at::cat({y, x.narrow(-1, dim, x.size(-1) - dim)}, -1);
 }
 
-at::Tensor CausalAttention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const int64_t groups = q.size(1) / k.size(1);
+at::Tensor CausalAttention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           std::optional<double> scale, int64_t window) {
+  const int64_t groups = q.size(1) / k.size(1), tokens = q.size(2);
   const at::Tensor keys = groups == 1 ? k : k.repeat_interleave(groups, 1);
   const at::Tensor values = groups == 1 ? v : v.repeat_interleave(groups, 1);
-  const at::Tensor y =
-      at::scaled_dot_product_attention(q, keys, values, /*attn_mask=*/{}, /*dropout_p=*/0.0,
-                                       /*is_causal=*/true);
-  return y.transpose(1, 2).reshape({q.size(0), q.size(2), q.size(1) * q.size(3)});
+  std::optional<at::Tensor> mask;
+  if (window > 0 && window < tokens) {
+    mask = at::ones({tokens, tokens}, q.options().dtype(at::kBool)).tril().triu(1 - window);
+  }
+  const at::Tensor y = at::scaled_dot_product_attention(q, keys, values, mask, /*dropout_p=*/0.0,
+                                                        /*is_causal=*/!mask, scale);
+  return y.transpose(1, 2).reshape({q.size(0), tokens, q.size(1) * q.size(3)});
 }
 
 }  // namespace prismaquant

@@ -7,6 +7,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <optional>
+
 #include "model/config.h"
 #include "model/model.h"
 
@@ -23,15 +26,19 @@ at::Tensor RmsNormPlusOne(const at::Tensor& x, const at::Tensor& weight, double 
 at::Tensor GatedRmsNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& gate,
                         double eps);
 
-// cos and sin [tokens, rotary_dim] of positions 0..tokens-1.
+// cos and sin [tokens, rotary_dim] of positions 0..tokens-1, the local ones too if the
+// configuration has them.
 SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens,
                               const ComputeOptions& options);
 // Rotates the first rotary_dim of each head, halves paired: x [sequences, heads, tokens, head_dim].
-at::Tensor ApplyRotary(const at::Tensor& x, const SequenceContext& context);
+at::Tensor ApplyRotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
 
 // Causal softmax attention with shared key-value heads. q [sequences, heads, tokens, dim], k and v
-// [sequences, kv_heads, tokens, dim] -> [sequences, tokens, heads * dim].
-at::Tensor CausalAttention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+// [sequences, kv_heads, tokens, dim] -> [sequences, tokens, heads * dim]. Scores are multiplied by
+// `scale` (1 / sqrt(dim) if there is none); a query sees itself and the window - 1 tokens before it
+// (all of them if window is 0).
+at::Tensor CausalAttention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           std::optional<double> scale = std::nullopt, int64_t window = 0);
 
 }  // namespace prismaquant
 

@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <optional>
 
 namespace prismaquant {
 namespace {
@@ -48,7 +49,7 @@ TEST(Blocks, RotaryTurnsPairedHalvesAndLeavesTheRest) {
   ASSERT_EQ(context.cos.sizes(), (std::vector<int64_t>{3, 4}));
   torch::manual_seed(1);
   const at::Tensor x = Double({1, 2, 3, 8});
-  const at::Tensor y = ApplyRotary(x, context);
+  const at::Tensor y = ApplyRotary(x, context.cos, context.sin);
   EXPECT_TRUE(at::equal(x.narrow(-1, 4, 4), y.narrow(-1, 4, 4)));
   EXPECT_TRUE(at::equal(x.select(2, 0), y.select(2, 0)));
   const double angle = 2 / std::sqrt(100.0);  // position 2, second pair
@@ -74,19 +75,49 @@ TEST(Blocks, Llama3ScalingSlowsLongWavesOnly) {
   EXPECT_NEAR(after[3].item<double>() / before[3].item<double>(), 1.0 / 8, 1e-5);
 }
 
-TEST(Blocks, AttentionIsCausalSoftmaxWithSharedHeads) {
+TEST(Blocks, LinearScalingSlowsAllWavesButTheLocalOnes) {
+  ModelConfig config = RotaryConfig();
+  const ComputeOptions options = {.dtype = at::kDouble};
+  const SequenceContext plain = RotaryContext(config, 3, options);
+  EXPECT_FALSE(plain.local_cos.defined());
+  config.rope_factor = 2;
+  config.local_rope_theta = 100;
+  const SequenceContext scaled = RotaryContext(config, 3, options);
+  EXPECT_TRUE(at::equal(scaled.sin[2], plain.sin[1]));
+  EXPECT_TRUE(at::equal(scaled.cos[2], plain.cos[1]));
+  EXPECT_TRUE(at::equal(scaled.local_sin, plain.sin));
+  EXPECT_TRUE(at::equal(scaled.local_cos, plain.cos));
+}
+
+// Four query heads of width 4 share two key-value heads; `unseen` marks the scores left out.
+void ExpectSoftmaxAttention(const at::Tensor& unseen, double scale, std::optional<double> given,
+                            int64_t window) {
   torch::manual_seed(1);
-  const int64_t tokens = 5, dim = 4;
+  const int64_t tokens = unseen.size(0), dim = 4;
   const at::Tensor q = Double({2, 4, tokens, dim}), k = Double({2, 2, tokens, dim}),
                    v = Double({2, 2, tokens, dim});
-  const at::Tensor y = CausalAttention(q, k, v);
+  const at::Tensor y = CausalAttention(q, k, v, given, window);
   ASSERT_EQ(y.sizes(), (std::vector<int64_t>{2, tokens, 4 * dim}));
-  const at::Tensor later = at::ones({tokens, tokens}, torch::dtype(at::kBool)).triu(1);
   for (int64_t head = 0; head < 4; ++head) {
-    const at::Tensor scores = at::matmul(q.select(1, head), k.select(1, head / 2).mT()) / 2.0;
-    const at::Tensor weights = scores.masked_fill(later, -INFINITY).softmax(-1);
+    const at::Tensor scores = at::matmul(q.select(1, head), k.select(1, head / 2).mT()) * scale;
+    const at::Tensor weights = scores.masked_fill(unseen, -INFINITY).softmax(-1);
     const at::Tensor expected = at::matmul(weights, v.select(1, head / 2));
     EXPECT_TRUE(at::allclose(y.narrow(-1, head * dim, dim), expected, 1e-12, 1e-12));
+  }
+}
+
+TEST(Blocks, AttentionIsCausalSoftmaxWithSharedHeads) {
+  const at::Tensor later = at::ones({5, 5}, torch::dtype(at::kBool)).triu(1);
+  ExpectSoftmaxAttention(later, 0.5, std::nullopt, 0);
+  ExpectSoftmaxAttention(later, 0.3, 0.3, 0);
+}
+
+TEST(Blocks, AWindowLimitsWhatAQuerySees) {
+  const at::Tensor position = at::arange(6);
+  const at::Tensor distance = position.unsqueeze(1) - position;  // [query, key]
+  for (const int64_t window : {1, 2, 5, 6, 7}) {
+    ExpectSoftmaxAttention(at::logical_or(distance < 0, distance >= window), 0.5, std::nullopt,
+                           window);
   }
 }
 

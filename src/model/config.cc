@@ -2,69 +2,77 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
+#include <string_view>
+
+#include "model/config_reader.h"
+#include "model/config_rope.h"
 #include "model/profile.h"
 
 namespace prismaquant {
 namespace {
 
-// Sizes above this are refused, so that products of two of them fit 64 bits.
-constexpr int64_t kLargest = int64_t{1} << 30;
 constexpr int64_t kMostLayers = 10000;
 
-// Reads keys of an object of config.json and remembers the first error. After an error every getter
-// still returns a value that the arithmetic below can live with.
-class Reader {
- public:
-  Reader(const Json& object, std::string origin) : object_(object), origin_(std::move(origin)) {}
-
-  bool Has(const char* key) const {
-    return object_.is_object() && object_.contains(key) && !object_[key].is_null();
-  }
-  int64_t Int(const char* key, int64_t largest = kLargest) {
-    const int64_t value = Take(JsonInt(object_, key, origin_), int64_t{1});
-    if (value >= 1 && value <= largest) return value;
-    Refuse(fmt::format("{} is {}, expected 1 to {}", key, value, largest));
-    return 1;
-  }
-  int64_t IntOr(const char* key, int64_t fallback) { return Has(key) ? Int(key) : fallback; }
-  double Double(const char* key) {
-    const double value = Take(JsonDouble(object_, key, origin_), 1.0);
-    if (value > 0 && value <= 1e12) return value;
-    Refuse(fmt::format("{} is {}, expected a positive number", key, value));
-    return 1;
-  }
-  double DoubleOr(const char* key, double fallback) { return Has(key) ? Double(key) : fallback; }
-  std::string StringOr(const char* key, const char* fallback) {
-    return Has(key) ? Take(JsonString(object_, key, origin_), std::string(fallback)) : fallback;
-  }
-  bool BoolOr(const char* key, bool fallback) {
-    if (!Has(key)) return fallback;
-    if (object_[key].is_boolean()) return object_[key].get<bool>();
-    Refuse(fmt::format("{} is {}, expected true or false", key, object_[key].type_name()));
-    return fallback;
-  }
-  void Refuse(const std::string& what) {
-    if (status_.ok()) status_ = Status::InvalidInput(fmt::format("{}: {}", origin_, what));
-  }
-  void Refuse(const Status& status) {
-    if (status_.ok()) status_ = status;
-  }
-  const Json& object() const { return object_; }
-  const std::string& origin() const { return origin_; }
-  const Status& status() const { return status_; }
-
- private:
-  template <typename T>
-  T Take(Result<T> result, T fallback) {
-    if (result.ok()) return std::move(result).value();
-    Refuse(result.status());
-    return fallback;
-  }
-
-  const Json& object_;
-  std::string origin_;
-  Status status_;
+// How a family's configuration class says which layers do what, unless layer_types lists them.
+enum class LayerRule {
+  kFull,          // all alike; sliding_window is not read
+  kSliding,       // all slide if sliding_window is not null
+  kUpperSliding,  // with use_sliding_window, those from max_window_layers on
+  kPattern,       // every sliding_window_pattern-th is full, the others slide
+  kHybrid,        // every full_attention_interval-th is full, the others Gated DeltaNet
 };
+
+// Values that a configuration class fills in; 0: the key must be there, or follows from others.
+struct ShapeDefaults {
+  int64_t vocab_size = 0, hidden_size = 0, num_layers = 0, intermediate_size = 0, num_heads = 0,
+          num_kv_heads = 0, head_dim = 0;
+};
+
+// What a family's configuration class in transformers reads, and its defaults.
+struct FamilyKeys {
+  std::string_view family;
+  LayerRule rule = LayerRule::kFull;
+  bool attention_bias = true, mlp_bias = false;  // the key counts
+  bool tied_head = false;
+  const char* activation_key = "hidden_act";
+  const char* activation = "silu";
+  RopeKeys rope = {};
+  ShapeDefaults shape = {};
+  double query_pre_attn_scalar = 0;
+};
+
+constexpr int64_t kDefaultWindow = 4096, kDefaultWindowLayers = 28, kDefaultPattern = 6;
+
+constexpr std::array<FamilyKeys, 6> kFamilies = {{
+    {.family = "llama", .mlp_bias = true},
+    {.family = "mistral", .rule = LayerRule::kSliding, .attention_bias = false},
+    {.family = "qwen2", .rule = LayerRule::kUpperSliding, .attention_bias = false},
+    {.family = "qwen3", .rule = LayerRule::kUpperSliding},
+    {.family = "qwen3_5",
+     .rule = LayerRule::kHybrid,
+     .rope = {.fraction = 0.25, .partial_rotary = true}},
+    {.family = "gemma3",
+     .rule = LayerRule::kPattern,
+     .tied_head = true,
+     .activation_key = "hidden_activation",
+     .activation = "gelu_pytorch_tanh",
+     .rope = {.theta = 1e6, .local_theta = 1e4},
+     .shape = {.vocab_size = 262208,
+               .hidden_size = 2304,
+               .num_layers = 26,
+               .intermediate_size = 9216,
+               .num_heads = 8,
+               .num_kv_heads = 4,
+               .head_dim = 256},
+     .query_pre_attn_scalar = 256},
+}};
+
+const FamilyKeys& KeysOf(std::string_view family) {
+  return *std::find_if(kFamilies.begin(), kFamilies.end(),
+                       [&](const FamilyKeys& keys) { return keys.family == family; });
+}
 
 std::string KnownArchitectures() {
   std::string known;
@@ -89,77 +97,87 @@ Result<std::string> Architecture(const Json& config, const std::string& origin) 
   return name;
 }
 
-// Rope parameters stand in "rope_parameters" (new), or in "rope_theta" and "rope_scaling" (old).
-void ParseRope(Reader& body, ModelConfig& config) {
-  static const Json kNone = Json::object();
-  const char* key = body.Has("rope_parameters") ? "rope_parameters" : "rope_scaling";
-  if (body.Has(key) && !body.object()[key].is_object()) {
-    body.Refuse(fmt::format("{} is {}, expected an object", key, body.object()[key].type_name()));
-  }
-  Reader rope(body.Has(key) ? body.object()[key] : kNone, body.origin() + ": " + key);
-  const auto number = [&](const char* name, double fallback) {
-    return rope.Has(name) ? rope.Double(name) : body.DoubleOr(name, fallback);
-  };
-  const bool partial = config.model_type == "qwen3_5";
-  config.rope_theta = number("rope_theta", 10000);
-  const double fraction = number("partial_rotary_factor", partial ? 0.25 : 1.0);
-  if (fraction > 1 || (!partial && fraction != 1)) {
-    body.Refuse(fmt::format("partial_rotary_factor {} is not supported, expected {}", fraction,
-                            partial ? "at most 1" : "1"));
-  } else {
-    config.rotary_dim = static_cast<int64_t>(static_cast<double>(config.head_dim) * fraction);
-  }
-  if (config.rotary_dim <= 0 || config.rotary_dim % 2 != 0) {
-    body.Refuse(fmt::format("rotary dimension {} of a head of {}, expected an even number",
-                            config.rotary_dim, config.head_dim));
-  }
-  const std::string type = rope.StringOr("rope_type", rope.StringOr("type", "default").c_str());
-  if (type == "llama3") {
-    const double context =
-        number("original_max_position_embeddings", body.DoubleOr("max_position_embeddings", 8192));
-    config.rope_scaling = {.factor = rope.Double("factor"),
-                           .low_freq_factor = rope.Double("low_freq_factor"),
-                           .high_freq_factor = rope.Double("high_freq_factor"),
-                           .original_max_position = static_cast<int64_t>(context)};
-  } else if (type != "default") {
-    rope.Refuse(fmt::format("rope type {} is not supported, known are default and llama3", type));
-  }
-  if (!rope.status().ok()) body.Refuse(rope.status());
+int64_t ParseWindow(ConfigReader& reader, LayerRule rule) {
+  const bool in_use =
+      rule == LayerRule::kSliding || rule == LayerRule::kPattern ||
+      (rule == LayerRule::kUpperSliding && reader.BoolOr("use_sliding_window", false));
+  if (!in_use || reader.IsNull("sliding_window")) return 0;
+  return reader.IntOr("sliding_window", kDefaultWindow);
 }
 
-void ParseLayers(Reader& reader, ModelConfig& config) {
-  const bool hybrid = config.model_type == "qwen3_5";
-  if (!reader.Has("layer_types")) {
-    const int64_t interval = hybrid ? reader.IntOr("full_attention_interval", 4) : 1;
-    for (int64_t i = 1; i <= config.num_layers; ++i) {
-      config.layers.push_back(i % interval == 0 ? LayerKind::kFullAttention
-                                                : LayerKind::kLinearAttention);
-    }
-    return;
+std::vector<LayerKind> LayersByRule(ConfigReader& reader, LayerRule rule,
+                                    const ModelConfig& config) {
+  const bool hybrid = rule == LayerRule::kHybrid;
+  int64_t interval = 1, first = config.num_layers;
+  if (hybrid) interval = reader.IntOr("full_attention_interval", 4);
+  if (rule == LayerRule::kPattern) {
+    interval = reader.IntOr("sliding_window_pattern", kDefaultPattern);
   }
+  if (config.sliding_window > 0 && rule == LayerRule::kSliding) first = 0;
+  if (config.sliding_window > 0 && rule == LayerRule::kUpperSliding) {
+    first = reader.Has("max_window_layers") ? reader.Int("max_window_layers", kMostLayers, 0)
+                                            : kDefaultWindowLayers;
+  }
+  std::vector<LayerKind> layers;
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    const bool full = (i + 1) % interval == 0 && i < first;
+    layers.push_back(full     ? LayerKind::kFullAttention
+                     : hybrid ? LayerKind::kLinearAttention
+                              : LayerKind::kSlidingAttention);
+  }
+  return layers;
+}
+
+// Whether the family's class lets layer_types put `kind` where its rule says `by_rule`.
+bool MayList(LayerRule rule, LayerKind kind, LayerKind by_rule) {
+  if (rule == LayerRule::kFull || rule == LayerRule::kSliding) return kind == by_rule;
+  const LayerKind other =
+      rule == LayerRule::kHybrid ? LayerKind::kLinearAttention : LayerKind::kSlidingAttention;
+  return kind == LayerKind::kFullAttention || kind == other;
+}
+
+std::optional<LayerKind> KindNamed(const Json& name) {
+  if (name == "full_attention") return LayerKind::kFullAttention;
+  if (name == "sliding_attention") return LayerKind::kSlidingAttention;
+  if (name == "linear_attention") return LayerKind::kLinearAttention;
+  return std::nullopt;
+}
+
+void ReadLayerTypes(ConfigReader& reader, LayerRule rule, ModelConfig& config) {
   const Json& types = reader.object()["layer_types"];
-  if (!types.is_array() || static_cast<int64_t>(types.size()) != config.num_layers) {
+  if (!types.is_array() || types.size() != config.layers.size()) {
     reader.Refuse(
         fmt::format("layer_types lists {} layers, expected {}", types.size(), config.num_layers));
     return;
   }
-  for (const Json& type : types) {
-    if (type == "full_attention") {
-      config.layers.push_back(LayerKind::kFullAttention);
-    } else if (type == "linear_attention" && hybrid) {
-      config.layers.push_back(LayerKind::kLinearAttention);
-    } else {
-      reader.Refuse(
-          fmt::format("layer_types: {} is not supported in {}", type.dump(), config.architecture));
+  for (size_t i = 0; i < types.size(); ++i) {
+    const std::optional<LayerKind> kind = KindNamed(types[i]);
+    if (!kind || !MayList(rule, *kind, config.layers[i])) {
+      reader.Refuse(fmt::format("layer_types: {} is not supported in {}", types[i].dump(),
+                                config.architecture));
       return;
     }
+    config.layers[i] = *kind;
   }
 }
 
-void RefuseUnsupported(Reader& reader, const ModelConfig& config) {
-  const std::string activation = reader.StringOr("hidden_act", "silu");
-  if (activation != "silu") {
-    reader.Refuse(fmt::format("hidden_act {} is not supported, expected silu", activation));
+void ParseLayers(ConfigReader& reader, LayerRule rule, ModelConfig& config) {
+  config.sliding_window = ParseWindow(reader, rule);
+  config.layers = LayersByRule(reader, rule, config);
+  if (reader.Has("layer_types")) ReadLayerTypes(reader, rule, config);
+  const bool slides = std::find(config.layers.begin(), config.layers.end(),
+                                LayerKind::kSlidingAttention) != config.layers.end();
+  if (slides && config.sliding_window == 0) {
+    reader.Refuse(
+        "layer_types: sliding_attention without a sliding_window that is in use is not supported");
+  }
+}
+
+void RefuseUnsupported(ConfigReader& reader, const FamilyKeys& keys) {
+  const std::string activation = reader.StringOr(keys.activation_key, keys.activation);
+  if (activation != keys.activation) {
+    reader.Refuse(fmt::format("{} {} is not supported, expected {}", keys.activation_key,
+                              activation, keys.activation));
   }
   const std::string gate = reader.StringOr("output_gate_type", "swish");
   if (gate != "swish" && gate != "silu") {
@@ -170,33 +188,53 @@ void RefuseUnsupported(Reader& reader, const ModelConfig& config) {
       reader.Refuse(fmt::format("{}: mixtures of experts are not supported", key));
     }
   }
+  for (const char* key : {"final_logit_softcapping", "attn_logit_softcapping"}) {
+    if (reader.Has(key)) reader.Refuse(fmt::format("{} is not supported, expected null", key));
+  }
   if (!reader.BoolOr("attn_output_gate", true)) {
     reader.Refuse("attn_output_gate: false is not supported");
   }
-  if (reader.BoolOr("use_sliding_window", false) && reader.Has("sliding_window") &&
-      !reader.Has("layer_types") && reader.IntOr("max_window_layers", 28) < config.num_layers) {
-    reader.Refuse("use_sliding_window: true is not supported");
+  if (reader.BoolOr("use_bidirectional_attention", false)) {
+    reader.Refuse("use_bidirectional_attention: true is not supported");
+  }
+  if (keys.family == "mistral" && reader.BoolOr("attention_bias", false)) {
+    reader.Refuse("attention_bias: true is not supported in MistralForCausalLM");
   }
 }
 
-void ParseShape(Reader& reader, ModelConfig& config) {
-  config.vocab_size = reader.Int("vocab_size");
-  config.hidden_size = reader.Int("hidden_size");
-  config.num_layers = reader.Int("num_hidden_layers", kMostLayers);
-  config.intermediate_size = reader.Int("intermediate_size");
-  config.num_heads = reader.Int("num_attention_heads");
-  config.num_kv_heads = reader.IntOr("num_key_value_heads", config.num_heads);
-  config.head_dim = reader.IntOr("head_dim", config.hidden_size / config.num_heads);
+void ParseShape(ConfigReader& reader, const FamilyKeys& keys, ModelConfig& config) {
+  const auto size = [&](const char* key, int64_t fallback) {
+    return fallback > 0 ? reader.IntOr(key, fallback) : reader.Int(key);
+  };
+  const ShapeDefaults& shape = keys.shape;
+  config.vocab_size = size("vocab_size", shape.vocab_size);
+  config.hidden_size = size("hidden_size", shape.hidden_size);
+  config.num_layers = size("num_hidden_layers", shape.num_layers);
+  if (config.num_layers > kMostLayers) {
+    reader.Refuse(
+        fmt::format("num_hidden_layers is {}, expected 1 to {}", config.num_layers, kMostLayers));
+    config.num_layers = 1;
+  }
+  config.intermediate_size = size("intermediate_size", shape.intermediate_size);
+  config.num_heads = size("num_attention_heads", shape.num_heads);
+  config.num_kv_heads =
+      size("num_key_value_heads", shape.num_kv_heads > 0 ? shape.num_kv_heads : config.num_heads);
+  config.head_dim = reader.IntOr(
+      "head_dim", shape.head_dim > 0 ? shape.head_dim : config.hidden_size / config.num_heads);
   config.rms_norm_eps = reader.DoubleOr("rms_norm_eps", 1e-6);
-  config.attention_bias = reader.BoolOr("attention_bias", false);
-  config.mlp_bias = config.model_type == "llama" && reader.BoolOr("mlp_bias", false);
+  config.attention_bias = keys.attention_bias && reader.BoolOr("attention_bias", false);
+  config.mlp_bias = keys.mlp_bias && reader.BoolOr("mlp_bias", false);
+  if (keys.query_pre_attn_scalar > 0) {
+    config.query_pre_attn_scalar =
+        reader.DoubleOr("query_pre_attn_scalar", keys.query_pre_attn_scalar);
+  }
   if (config.num_heads % config.num_kv_heads != 0) {
     reader.Refuse(fmt::format("{} attention heads are no multiple of {} key-value heads",
                               config.num_heads, config.num_kv_heads));
   }
 }
 
-void ParseDeltaNet(Reader& reader, ModelConfig& config) {
+void ParseDeltaNet(ConfigReader& reader, ModelConfig& config) {
   config.linear_key_heads = reader.Int("linear_num_key_heads");
   config.linear_value_heads = reader.Int("linear_num_value_heads");
   config.linear_key_dim = reader.Int("linear_key_head_dim");
@@ -213,18 +251,21 @@ void ParseDeltaNet(Reader& reader, ModelConfig& config) {
 Result<ModelConfig> ModelConfig::Parse(const Json& json, const std::string& origin) {
   ModelConfig config;
   PQ_ASSIGN_OR_RETURN(config.architecture, Architecture(json, origin));
-  config.model_type = std::string(FindProfile(config.architecture)->family);
-  config.body_prefix =
-      config.architecture == "Qwen3_5ForConditionalGeneration" ? "model.language_model." : "model.";
-  Reader whole(json, origin);
+  const Profile& profile = *FindProfile(config.architecture);
+  const FamilyKeys& keys = KeysOf(profile.family);
+  config.model_type = std::string(profile.family);
+  config.body_prefix = std::string(profile.body_prefixes.front());
+  ConfigReader whole(json, origin);
   const bool nested = whole.Has("text_config");
-  Reader text(nested ? json["text_config"] : json, nested ? origin + ": text_config" : origin);
-  config.tied_head = whole.BoolOr("tie_word_embeddings", text.BoolOr("tie_word_embeddings", false));
-  ParseShape(text, config);
-  RefuseUnsupported(text, config);
-  ParseRope(text, config);
-  ParseLayers(text, config);
-  if (config.model_type == "qwen3_5") ParseDeltaNet(text, config);
+  ConfigReader text(nested ? json["text_config"] : json,
+                    nested ? origin + ": text_config" : origin);
+  config.tied_head =
+      whole.BoolOr("tie_word_embeddings", text.BoolOr("tie_word_embeddings", keys.tied_head));
+  ParseShape(text, keys, config);
+  RefuseUnsupported(text, keys);
+  ParseRope(text, keys.rope, config);
+  ParseLayers(text, keys.rule, config);
+  if (keys.rule == LayerRule::kHybrid) ParseDeltaNet(text, config);
   PQ_RETURN_IF_ERROR(whole.status());
   PQ_RETURN_IF_ERROR(text.status());
   return config;

@@ -21,22 +21,27 @@ struct Llama3RopeScaling {
   int64_t original_max_position = 8192;
 };
 
-enum class LayerKind { kFullAttention, kLinearAttention };
+enum class LayerKind { kFullAttention, kSlidingAttention, kLinearAttention };
 
 struct ModelConfig {
   std::string architecture;  // config.json "architectures"[0]
   std::string model_type;    // the profile's family: "llama", "qwen3", "qwen3_5"
-  std::string body_prefix;   // "model." or "model.language_model."
+  std::string body_prefix;   // of the body's tensors; Parse sets the first of the profile's
   int64_t vocab_size = 0, hidden_size = 0, num_layers = 0, intermediate_size = 0;
   int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
   double rms_norm_eps = 1e-6;
-  bool attention_bias = false;  // on q, k, v, o
+  bool attention_bias = false;  // the key, which most families take as: on q, k, v, o
   bool mlp_bias = false;
   bool tied_head = false;
   double rope_theta = 10000;
   int64_t rotary_dim = 0;  // <= head_dim
+  double rope_factor = 1;  // rope type linear: frequencies are divided by it
   std::optional<Llama3RopeScaling> rope_scaling;
   std::vector<LayerKind> layers;
+  int64_t sliding_window = 0;  // tokens that a query of a sliding layer sees, itself included
+  // Gemma 3
+  double local_rope_theta = 0;       // of sliding layers, unscaled; 0: they turn as the others do
+  double query_pre_attn_scalar = 0;  // scores are divided by its square root; 0: head_dim
   // Gated DeltaNet
   int64_t linear_key_heads = 0, linear_value_heads = 0, linear_key_dim = 0, linear_value_dim = 0,
           linear_conv_kernel = 0;

@@ -12,9 +12,21 @@ namespace prismaquant {
 namespace {
 
 std::unique_ptr<TransformerModel> MakeFamily(std::string_view family) {
+  if (family == "gemma3") return MakeGemma3();
   if (family == "llama") return MakeLlama();
+  if (family == "mistral") return MakeMistral();
+  if (family == "qwen2") return MakeQwen2();
   if (family == "qwen3") return MakeQwen3();
   return MakeQwen35();
+}
+
+// The prefix under which the checkpoint holds the body; the newest spelling if it is under none.
+std::string BodyPrefix(const Checkpoint& checkpoint, const Profile& profile) {
+  for (const std::string_view prefix : profile.body_prefixes) {
+    std::string name(prefix);
+    if (checkpoint.Find(name + "embed_tokens.weight") != nullptr) return name;
+  }
+  return std::string(profile.body_prefixes.front());
 }
 
 }  // namespace
@@ -36,6 +48,7 @@ Result<std::unique_ptr<Model>> Model::Open(const Checkpoint& checkpoint) {
       ModelConfig config,
       ModelConfig::Parse(checkpoint.config(), (checkpoint.folder() / "config.json").string()));
   const Profile* profile = FindProfile(config.architecture);
+  config.body_prefix = BodyPrefix(checkpoint, *profile);
   std::unique_ptr<TransformerModel> model = MakeFamily(profile->family);
   PQ_RETURN_IF_ERROR(model->Initialize(checkpoint, std::move(config), *profile));
   return std::unique_ptr<Model>(std::move(model));
@@ -60,7 +73,9 @@ Result<at::Tensor> Model::Embed(const at::Tensor& ids, const ComputeOptions& opt
   }
   const at::Tensor rows = at::embedding(TensorFromView(view), ids);
   PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, name, rows));
-  return rows.to(options.device, options.dtype);
+  const at::Tensor embedded = rows.to(options.device, options.dtype);
+  if (embedding_scale() == 1) return embedded;
+  return embedded * at::scalar_tensor(embedding_scale(), embedded.options());
 }
 
 SequenceContext Model::Context(int64_t tokens, const ComputeOptions& options) const {

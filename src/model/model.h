@@ -41,6 +41,8 @@ struct LinearInfo {
 // What a layer needs to know of the positions of a batch of sequences.
 struct SequenceContext {
   at::Tensor cos, sin;  // [tokens, rotary_dim], in the compute dtype
+  // Of sliding layers with angles of their own, else undefined.
+  at::Tensor local_cos, local_sin;
 };
 
 // A batch of sequences on its way through one layer.
@@ -109,7 +111,7 @@ class Model {
   const std::vector<LinearInfo>& linears() const { return linears_; }
   std::vector<LinearInfo> LayerLinears(int layer) const;
 
-  // ids [sequences, tokens] int64 -> [sequences, tokens, hidden_size].
+  // ids [sequences, tokens] int64 -> [sequences, tokens, hidden_size], the input of layer 0.
   Result<at::Tensor> Embed(const at::Tensor& ids, const ComputeOptions& options) const;
   SequenceContext Context(int64_t tokens, const ComputeOptions& options) const;
   // Non-Linear parameters only.
@@ -124,6 +126,9 @@ class Model {
   std::vector<std::string> LayerTensors(int layer) const;
 
  protected:
+  // What embeddings are multiplied with, in the compute dtype.
+  virtual double embedding_scale() const { return 1; }
+
   ModelConfig config_;
   const Profile* profile_ = nullptr;
   const Checkpoint* checkpoint_ = nullptr;

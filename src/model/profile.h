@@ -22,14 +22,17 @@ struct PrefixRename {
 };
 
 struct Profile {
-  std::string_view family;                      // "qwen3_5", "llama", "qwen3"
+  std::string_view family;                      // "qwen3_5", "llama", "qwen3", ..
   std::vector<std::string_view> architectures;  // values of config.json "architectures"
   std::vector<FusedSet> fused;
   std::vector<std::string_view>
       unquantized;  // leaf names of body Linears that stay in the source's dtype
   std::vector<PrefixRename> vllm_names;  // checkpoint prefix -> vLLM prefix, first match wins
-  // checkpoint prefix -> prefix in transformers' text-only class, where that class renames modules
+  // checkpoint prefix -> prefix in transformers' text-only class, or in the class that reads an
+  // older spelling of the checkpoint, where that class renames modules
   std::vector<PrefixRename> text_names = {};
+  // where the body's tensors may stand, the newest spelling first
+  std::vector<std::string_view> body_prefixes = {"model."};
 };
 
 // Null if no profile lists the architecture.

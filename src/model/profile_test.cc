@@ -51,8 +51,34 @@ TEST(Profile, VllmNamesFollowTheFirstMatchingPrefix) {
   EXPECT_EQ(VllmName(hybrid, "mtp.fc"), "mtp.fc");
   EXPECT_EQ(VllmName(*FindProfile("Qwen3_5ForCausalLM"), "model.layers.0.mlp.down_proj"),
             "model.layers.0.mlp.down_proj");
-  EXPECT_EQ(VllmName(*FindProfile("Qwen3ForCausalLM"), "model.layers.0.mlp.up_proj"),
-            "model.layers.0.mlp.up_proj");
+  for (const char* text : {"Qwen3ForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM",
+                           "LlamaForCausalLM", "Gemma3ForCausalLM"}) {
+    EXPECT_EQ(VllmName(*FindProfile(text), "model.layers.0.mlp.up_proj"),
+              "model.layers.0.mlp.up_proj");
+  }
+}
+
+TEST(Profile, BothSpellingsOfGemmaComeToOneVllmName) {
+  const Profile& gemma = *FindProfile("Gemma3ForConditionalGeneration");
+  for (const std::string_view prefix : gemma.body_prefixes) {
+    EXPECT_EQ(VllmName(gemma, std::string(prefix) + "layers.0.mlp.down_proj"),
+              "language_model.model.layers.0.mlp.down_proj");
+  }
+  EXPECT_EQ(VllmName(gemma, "lm_head"), "language_model.lm_head");
+  EXPECT_EQ(VllmName(gemma, "model.vision_tower.a"), "vision_tower.a");
+  EXPECT_EQ(VllmName(gemma, "vision_tower.a"), "vision_tower.a");
+  EXPECT_EQ(VllmName(gemma, "model.multi_modal_projector.b"), "multi_modal_projector.b");
+}
+
+TEST(Profile, AttentionAndMlpProjectionsFuseInEveryFamily) {
+  for (const Profile& profile : AllProfiles()) {
+    for (const std::string_view prefix : profile.body_prefixes) {
+      const std::string layer = std::string(prefix) + "layers.1.";
+      EXPECT_EQ(FusedName(profile, layer + "self_attn.k_proj"), layer + "self_attn.qkv_proj");
+      EXPECT_EQ(FusedName(profile, layer + "mlp.up_proj"), layer + "mlp.gate_up_proj");
+      EXPECT_EQ(FusedName(profile, layer + "self_attn.o_proj"), layer + "self_attn.o_proj");
+    }
+  }
 }
 
 }  // namespace

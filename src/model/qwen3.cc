@@ -3,21 +3,13 @@
 namespace prismaquant {
 namespace {
 
-constexpr AttentionVariant kAttention = {
-    .norm = NormKind::kPlain, .norm_heads = true, .gated_query = false};
-
 // Qwen3 dense: Llama with an RMSNorm on each query and key head.
 class Qwen3 : public TransformerModel {
  protected:
-  std::vector<std::vector<LinearShape>> MixerLinears(int) const override {
-    return AttentionLinears(kAttention);
-  }
-  std::vector<ParameterShape> MixerParameters(int) const override {
-    return AttentionParameters(kAttention);
-  }
-  Result<std::unique_ptr<Mixer>> LoadMixer(int layer,
-                                           const ComputeOptions& options) const override {
-    return LoadAttention(layer, kAttention, options);
+  AttentionVariant attention(int layer) const override {
+    AttentionVariant variant = TransformerModel::attention(layer);
+    variant.norm_heads = true;
+    return variant;
   }
 };
 

@@ -11,9 +11,6 @@
 namespace prismaquant {
 namespace {
 
-constexpr AttentionVariant kAttention = {
-    .norm = NormKind::kPlusOne, .norm_heads = true, .gated_query = true};
-
 struct DeltaNetParameters {
   at::Tensor conv;        // [channels, 1, kernel], compute dtype
   at::Tensor decay_rate;  // exp(A_log) [value_heads], wide
@@ -81,10 +78,17 @@ class GatedDeltaNet : public Mixer {
 // between.
 class Qwen35 : public TransformerModel {
  protected:
-  NormKind norm() const override { return NormKind::kPlusOne; }
+  SkeletonVariant skeleton() const override { return {.norm = NormKind::kPlusOne}; }
+
+  AttentionVariant attention(int layer) const override {
+    AttentionVariant variant = TransformerModel::attention(layer);
+    variant.norm_heads = true;
+    variant.gated_query = true;
+    return variant;
+  }
 
   std::vector<std::vector<LinearShape>> MixerLinears(int layer) const override {
-    if (!IsDeltaNet(layer)) return AttentionLinears(kAttention);
+    if (!IsDeltaNet(layer)) return TransformerModel::MixerLinears(layer);
     const int64_t h = config_.hidden_size, heads = config_.linear_value_heads;
     const int64_t value_size = heads * config_.linear_value_dim;
     return {{{"linear_attn.in_proj_qkv", Channels(), h, false},
@@ -95,7 +99,7 @@ class Qwen35 : public TransformerModel {
   }
 
   std::vector<ParameterShape> MixerParameters(int layer) const override {
-    if (!IsDeltaNet(layer)) return AttentionParameters(kAttention);
+    if (!IsDeltaNet(layer)) return TransformerModel::MixerParameters(layer);
     return {{"linear_attn.conv1d.weight", {Channels(), 1, config_.linear_conv_kernel}},
             {"linear_attn.A_log", {config_.linear_value_heads}},
             {"linear_attn.dt_bias", {config_.linear_value_heads}},
@@ -104,7 +108,7 @@ class Qwen35 : public TransformerModel {
 
   Result<std::unique_ptr<Mixer>> LoadMixer(int layer,
                                            const ComputeOptions& options) const override {
-    if (!IsDeltaNet(layer)) return LoadAttention(layer, kAttention, options);
+    if (!IsDeltaNet(layer)) return TransformerModel::LoadMixer(layer, options);
     const at::ScalarType wide = options.dtype == at::kDouble ? at::kDouble : at::kFloat;
     DeltaNetParameters p;
     PQ_ASSIGN_OR_RETURN(

@@ -16,10 +16,10 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
 
-class Attention : public Mixer {
+class SoftmaxAttention : public Mixer {
  public:
-  Attention(const ModelConfig& config, const AttentionVariant& variant, at::Tensor q_norm,
-            at::Tensor k_norm)
+  SoftmaxAttention(const ModelConfig& config, const AttentionVariant& variant, at::Tensor q_norm,
+                   at::Tensor k_norm)
       : head_dim_(config.head_dim),
         eps_(config.rms_norm_eps),
         variant_(variant),
@@ -40,8 +40,11 @@ class Attention : public Mixer {
       q = ApplyNorm(variant_.norm, q, q_norm_, eps_);
       k = ApplyNorm(variant_.norm, k, k_norm_, eps_);
     }
-    const at::Tensor y = CausalAttention(ApplyRotary(q.transpose(1, 2), context),
-                                         ApplyRotary(k.transpose(1, 2), context), v);
+    const at::Tensor& cos = variant_.local_rotary ? context.local_cos : context.cos;
+    const at::Tensor& sin = variant_.local_rotary ? context.local_sin : context.sin;
+    const at::Tensor y = CausalAttention(ApplyRotary(q.transpose(1, 2), cos, sin),
+                                         ApplyRotary(k.transpose(1, 2), cos, sin), v,
+                                         variant_.scale, variant_.window);
     return gate.defined() ? y * gate.sigmoid() : y;
   }
 
@@ -55,21 +58,39 @@ class Attention : public Mixer {
   at::Tensor q_norm_, k_norm_;
 };
 
+at::Tensor Activate(MlpActivation activation, const at::Tensor& gate) {
+  return activation == MlpActivation::kSilu ? at::silu(gate) : at::gelu(gate, "tanh");
+}
+
+// Names of a layer's norms, relative to the layer; null where it has none.
+struct NormNames {
+  const char *mixer_input, *mixer_output, *mlp_input, *mlp_output;
+};
+
+NormNames NamesOfNorms(bool post_norms) {
+  if (!post_norms) {
+    return {"input_layernorm.weight", nullptr, "post_attention_layernorm.weight", nullptr};
+  }
+  return {"input_layernorm.weight", "post_attention_layernorm.weight",
+          "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"};
+}
+
+// Weights of a layer's norms; undefined where it has none.
+struct LayerNorms {
+  at::Tensor mixer_input, mixer_output, mlp_input, mlp_output;
+};
+
 class PreNormLayer : public DecoderLayer {
  public:
   PreNormLayer(std::vector<std::vector<LinearInfo>> stages, std::unique_ptr<Mixer> mixer,
-               NormKind norm, double eps, at::Tensor input_norm, at::Tensor post_norm)
-      : mixer_(std::move(mixer)),
-        norm_(norm),
-        eps_(eps),
-        input_norm_(std::move(input_norm)),
-        post_norm_(std::move(post_norm)) {
+               const SkeletonVariant& skeleton, double eps, LayerNorms norms)
+      : mixer_(std::move(mixer)), skeleton_(skeleton), eps_(eps), norms_(std::move(norms)) {
     stages_ = std::move(stages);
   }
 
   at::Tensor StageInput(int s, const SequenceContext&, LayerState& state) const override {
-    if (s == 0) return ApplyNorm(norm_, state.hidden, input_norm_, eps_);
-    if (s == 2) return ApplyNorm(norm_, state.hidden, post_norm_, eps_);
+    if (s == 0) return Norm(state.hidden, norms_.mixer_input);
+    if (s == 2) return Norm(state.hidden, norms_.mlp_input);
     return state.held.front();
   }
 
@@ -78,18 +99,23 @@ class PreNormLayer : public DecoderLayer {
     if (s == 0) {
       state.held = {mixer_->Mix(context, outputs)};
     } else if (s == 2) {
-      state.held = {at::silu(outputs[0]) * outputs[1]};
+      state.held = {Activate(skeleton_.activation, outputs[0]) * outputs[1]};
     } else {
-      state.hidden = state.hidden + outputs[0];
+      state.hidden =
+          state.hidden + Norm(outputs[0], s == 1 ? norms_.mixer_output : norms_.mlp_output);
       state.held.clear();
     }
   }
 
  private:
+  at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) const {
+    return weight.defined() ? ApplyNorm(skeleton_.norm, x, weight, eps_) : x;
+  }
+
   std::unique_ptr<Mixer> mixer_;
-  NormKind norm_;
+  SkeletonVariant skeleton_;
   double eps_;
-  at::Tensor input_norm_, post_norm_;
+  LayerNorms norms_;
 };
 
 class NormedHead : public OutputHead {
@@ -116,33 +142,43 @@ at::Tensor ApplyNorm(NormKind kind, const at::Tensor& x, const at::Tensor& weigh
 
 std::unique_ptr<Mixer> MakeAttention(const ModelConfig& config, const AttentionVariant& variant,
                                      at::Tensor q_norm, at::Tensor k_norm) {
-  return std::make_unique<Attention>(config, variant, std::move(q_norm), std::move(k_norm));
+  return std::make_unique<SoftmaxAttention>(config, variant, std::move(q_norm), std::move(k_norm));
 }
 
 std::string TransformerModel::LayerPrefix(int layer) const {
   return fmt::format("{}layers.{}.", config_.body_prefix, layer);
 }
 
-std::vector<std::vector<LinearShape>> TransformerModel::AttentionLinears(
-    const AttentionVariant& variant) const {
-  const int64_t h = config_.hidden_size, d = config_.head_dim;
-  const bool bias = config_.attention_bias;
-  const int64_t q = config_.num_heads * d;
-  return {{{"self_attn.q_proj", variant.gated_query ? 2 * q : q, h, bias},
-           {"self_attn.k_proj", config_.num_kv_heads * d, h, bias},
-           {"self_attn.v_proj", config_.num_kv_heads * d, h, bias}},
-          {{"self_attn.o_proj", h, q, bias}}};
+AttentionVariant TransformerModel::attention(int layer) const {
+  const bool slides = config_.layers[static_cast<size_t>(layer)] == LayerKind::kSlidingAttention;
+  AttentionVariant variant;
+  variant.norm = skeleton().norm;
+  variant.input_bias = config_.attention_bias;
+  variant.output_bias = config_.attention_bias;
+  variant.window = slides ? config_.sliding_window : 0;
+  variant.local_rotary = slides && config_.local_rope_theta > 0;
+  return variant;
 }
 
-std::vector<ParameterShape> TransformerModel::AttentionParameters(
-    const AttentionVariant& variant) const {
-  if (!variant.norm_heads) return {};
+std::vector<std::vector<LinearShape>> TransformerModel::MixerLinears(int layer) const {
+  const AttentionVariant variant = attention(layer);
+  const int64_t h = config_.hidden_size, d = config_.head_dim;
+  const int64_t q = config_.num_heads * d, kv = config_.num_kv_heads * d;
+  return {{{"self_attn.q_proj", variant.gated_query ? 2 * q : q, h, variant.input_bias},
+           {"self_attn.k_proj", kv, h, variant.input_bias},
+           {"self_attn.v_proj", kv, h, variant.input_bias}},
+          {{"self_attn.o_proj", h, q, variant.output_bias}}};
+}
+
+std::vector<ParameterShape> TransformerModel::MixerParameters(int layer) const {
+  if (!attention(layer).norm_heads) return {};
   return {{"self_attn.q_norm.weight", {config_.head_dim}},
           {"self_attn.k_norm.weight", {config_.head_dim}}};
 }
 
-Result<std::unique_ptr<Mixer>> TransformerModel::LoadAttention(
-    int layer, const AttentionVariant& variant, const ComputeOptions& options) const {
+Result<std::unique_ptr<Mixer>> TransformerModel::LoadMixer(int layer,
+                                                           const ComputeOptions& options) const {
+  const AttentionVariant variant = attention(layer);
   at::Tensor q_norm, k_norm;
   if (variant.norm_heads) {
     PQ_ASSIGN_OR_RETURN(q_norm,
@@ -158,31 +194,37 @@ Result<at::Tensor> TransformerModel::Parameter(int layer, const std::string& nam
   return checkpoint_tensors::Load(*checkpoint_, LayerPrefix(layer) + name, dtype, device);
 }
 
+std::vector<std::vector<LinearShape>> TransformerModel::MlpLinears() const {
+  const int64_t h = config_.hidden_size, m = config_.intermediate_size;
+  return {{{"mlp.gate_proj", m, h, config_.mlp_bias}, {"mlp.up_proj", m, h, config_.mlp_bias}},
+          {{"mlp.down_proj", h, m, config_.mlp_bias}}};
+}
+
+LinearInfo TransformerModel::Describe(int layer, int stage, const LinearShape& shape) const {
+  LinearInfo info;
+  info.name = LayerPrefix(layer) + shape.name;
+  info.out = shape.out;
+  info.in = shape.in;
+  info.layer = layer;
+  info.stage = stage;
+  info.has_bias = shape.bias;
+  info.unit = FusedName(*profile_, info.name);
+  const std::string leaf = info.name.substr(info.name.rfind('.') + 1);
+  for (const std::string_view name : profile_->unquantized) info.allocatable &= leaf != name;
+  const TensorView* weight = checkpoint_->Find(info.name + ".weight");
+  const TensorView* embedding = checkpoint_->Find(config_.body_prefix + "embed_tokens.weight");
+  const bool plain = weight != nullptr && weight->dtype != DType::kF8E4M3;
+  if (plain || embedding != nullptr) info.dtype = plain ? weight->dtype : embedding->dtype;
+  return info;
+}
+
 std::vector<std::vector<LinearInfo>> TransformerModel::LayerStages(int layer) const {
   std::vector<std::vector<LinearShape>> shapes = MixerLinears(layer);
-  const int64_t h = config_.hidden_size, m = config_.intermediate_size;
-  shapes.push_back(
-      {{"mlp.gate_proj", m, h, config_.mlp_bias}, {"mlp.up_proj", m, h, config_.mlp_bias}});
-  shapes.push_back({{"mlp.down_proj", h, m, config_.mlp_bias}});
-  std::vector<std::vector<LinearInfo>> stages;
+  for (std::vector<LinearShape>& stage : MlpLinears()) shapes.push_back(std::move(stage));
+  std::vector<std::vector<LinearInfo>> stages(shapes.size());
   for (size_t s = 0; s < shapes.size(); ++s) {
-    std::vector<LinearInfo>& stage = stages.emplace_back();
     for (const LinearShape& shape : shapes[s]) {
-      LinearInfo info;
-      info.name = LayerPrefix(layer) + shape.name;
-      info.out = shape.out;
-      info.in = shape.in;
-      info.layer = layer;
-      info.stage = static_cast<int>(s);
-      info.has_bias = shape.bias;
-      info.unit = FusedName(*profile_, info.name);
-      const std::string leaf = info.name.substr(info.name.rfind('.') + 1);
-      for (const std::string_view name : profile_->unquantized) info.allocatable &= leaf != name;
-      const TensorView* weight = checkpoint_->Find(info.name + ".weight");
-      const TensorView* embedding = checkpoint_->Find(config_.body_prefix + "embed_tokens.weight");
-      const bool plain = weight != nullptr && weight->dtype != DType::kF8E4M3;
-      if (plain || embedding != nullptr) info.dtype = plain ? weight->dtype : embedding->dtype;
-      stage.push_back(std::move(info));
+      stages[s].push_back(Describe(layer, static_cast<int>(s), shape));
     }
   }
   return stages;
@@ -190,8 +232,11 @@ std::vector<std::vector<LinearInfo>> TransformerModel::LayerStages(int layer) co
 
 std::vector<ParameterShape> TransformerModel::LayerParameters(int layer) const {
   std::vector<ParameterShape> parameters = MixerParameters(layer);
-  parameters.push_back({"input_layernorm.weight", {config_.hidden_size}});
-  parameters.push_back({"post_attention_layernorm.weight", {config_.hidden_size}});
+  const NormNames names = NamesOfNorms(skeleton().post_norms);
+  for (const char* name :
+       {names.mixer_input, names.mixer_output, names.mlp_input, names.mlp_output}) {
+    if (name != nullptr) parameters.push_back({name, {config_.hidden_size}});
+  }
   return parameters;
 }
 
@@ -244,13 +289,17 @@ Status TransformerModel::Initialize(const Checkpoint& checkpoint, ModelConfig co
 Result<std::unique_ptr<DecoderLayer>> TransformerModel::LoadLayer(
     int layer, const ComputeOptions& options) const {
   PQ_ASSIGN_OR_RETURN(std::unique_ptr<Mixer> mixer, LoadMixer(layer, options));
-  PQ_ASSIGN_OR_RETURN(at::Tensor input_norm,
-                      Parameter(layer, "input_layernorm.weight", options.dtype, options.device));
-  PQ_ASSIGN_OR_RETURN(at::Tensor post_norm, Parameter(layer, "post_attention_layernorm.weight",
-                                                      options.dtype, options.device));
+  const NormNames names = NamesOfNorms(skeleton().post_norms);
+  LayerNorms norms;
+  for (const auto& [name, weight] : {std::pair(names.mixer_input, &norms.mixer_input),
+                                     std::pair(names.mixer_output, &norms.mixer_output),
+                                     std::pair(names.mlp_input, &norms.mlp_input),
+                                     std::pair(names.mlp_output, &norms.mlp_output)}) {
+    if (name == nullptr) continue;
+    PQ_ASSIGN_OR_RETURN(*weight, Parameter(layer, name, options.dtype, options.device));
+  }
   return std::unique_ptr<DecoderLayer>(std::make_unique<PreNormLayer>(
-      LayerStages(layer), std::move(mixer), norm(), config_.rms_norm_eps, std::move(input_norm),
-      std::move(post_norm)));
+      LayerStages(layer), std::move(mixer), skeleton(), config_.rms_norm_eps, std::move(norms)));
 }
 
 Result<std::unique_ptr<OutputHead>> TransformerModel::LoadHead(
@@ -263,7 +312,7 @@ Result<std::unique_ptr<OutputHead>> TransformerModel::LoadHead(
   PQ_ASSIGN_OR_RETURN(at::Tensor weight, checkpoint_tensors::Load(*checkpoint_, weight_name,
                                                                   options.dtype, options.device));
   return std::unique_ptr<OutputHead>(std::make_unique<NormedHead>(
-      norm(), config_.rms_norm_eps, std::move(norm_weight), std::move(weight)));
+      skeleton().norm, config_.rms_norm_eps, std::move(norm_weight), std::move(weight)));
 }
 
 }  // namespace prismaquant

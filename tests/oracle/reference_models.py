@@ -1,7 +1,7 @@
 """Small random checkpoints of every supported family, and transformers' results on them.
 
-A case is a dict: `family`, whether to `tie` the head, and configuration keys that differ from the
-family's base. Weights are scaled so that every operation matters: random gains, wide activations.
+A case is a dict: `family`, whether to `tie` the head, configuration keys that differ from the
+family's base, and prefixes of tensors to `rename` in the file. Weights are scaled so that every operation matters: random gains, wide activations.
 """
 
 import contextlib
@@ -43,6 +43,19 @@ DELTA_NET = {
         "mrope_interleaved": True,
     },
 }
+WINDOW = 16
+GEMMA = {
+    "hidden_size": 72,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+    "query_pre_attn_scalar": 24,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -67,8 +80,14 @@ def _config(case: dict) -> transformers.PretrainedConfig:
     tie = case.get("tie", False)
     if family == "llama":
         return transformers.LlamaConfig(**keys, tie_word_embeddings=tie)
+    if family == "mistral":
+        return transformers.MistralConfig(**keys, tie_word_embeddings=tie)
+    if family == "qwen2":
+        return transformers.Qwen2Config(**keys, tie_word_embeddings=tie)
     if family == "qwen3":
         return transformers.Qwen3Config(**keys, tie_word_embeddings=tie)
+    if family.startswith("gemma3"):
+        return _gemma_config({**BASE, **GEMMA, **case.get("config", {})}, tie, "text" in family)
     keys = {**BASE, **DELTA_NET, **case.get("config", {})}
     text = transformers.Qwen3_5TextConfig(**keys, tie_word_embeddings=tie)
     if family == "qwen3_5_text":
@@ -86,8 +105,33 @@ def _config(case: dict) -> transformers.PretrainedConfig:
     )
 
 
+def _gemma_config(keys: dict, tie: bool, text_only: bool) -> transformers.PretrainedConfig:
+    text = transformers.Gemma3TextConfig(**keys, tie_word_embeddings=tie)
+    if text_only:
+        return text
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    return transformers.Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=keys["vocab_size"] - 1,
+        tie_word_embeddings=tie,
+    )
+
+
 CLASSES = {
+    "gemma3": transformers.Gemma3ForConditionalGeneration,
+    "gemma3_text": transformers.Gemma3ForCausalLM,
     "llama": transformers.LlamaForCausalLM,
+    "mistral": transformers.MistralForCausalLM,
+    "qwen2": transformers.Qwen2ForCausalLM,
     "qwen3": transformers.Qwen3ForCausalLM,
     "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
     "qwen3_5_text": transformers.Qwen3_5ForCausalLM,
@@ -110,6 +154,11 @@ def make_checkpoint(case: dict, folder: pathlib.Path, dtype: torch.dtype) -> pat
     for name, weight in weights.items():
         if name.endswith(("A_log", "linear_attn.norm.weight")):
             weights[name] = weight.float()
+    for old, new in case.get("rename", {}).items():
+        weights = {
+            new + name.removeprefix(old) if name.startswith(old) else name: weight
+            for name, weight in weights.items()
+        }
     save_file(weights, folder / "model.safetensors")
     return folder
 
