@@ -172,7 +172,7 @@ TEST(NonFiniteProbe, IsRefusedNamingWhatOverflowed) {
       {"model.norm.weight", "the gradient of the loss "},
       {"model.layers.1.mlp.up_proj.weight", "the Fisher trace of model.layers.1.mlp.down_proj "}};
   for (const auto& [scaled, what] : cases) {
-    const TinyCheckpoint tiny({{scaled, scaled.ends_with("up_proj.weight") ? 1e20 : 3e38}});
+    const TinyCheckpoint tiny({{scaled, scaled.ends_with("up_proj.weight") ? 1e19 : 3e38}});
     const TemporaryFolder folder;
     RunStore store = RunStore::Open(FileSystem::Default(), folder / "work").value();
     const Status status = RunProbe(tiny.model(), tiny.windows(), {}, store);

@@ -2,8 +2,6 @@
 
 #include <torch/torch.h>
 
-#include <algorithm>
-
 namespace prismaquant {
 namespace {
 
@@ -14,23 +12,20 @@ double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
-const ActivationErrors::Entry& ActivationErrors::For(const at::Tensor& x,
-                                                     const SharedScales& scales,
-                                                     std::span<const Format* const> formats) {
-  if (source_.defined() && source_.is_same(x)) return entry_;
-  if (source_.defined() && source_.const_data_ptr() == x.const_data_ptr() &&
-      source_.sizes() == x.sizes()) {
-    return entry_;
-  }
+const at::Tensor& ActivationErrors::SetInput(const at::Tensor& x) {
+  const bool same = source_.defined() && source_.const_data_ptr() == x.const_data_ptr() &&
+                    source_.sizes() == x.sizes();
+  if (same) return x_;
   source_ = x;
-  entry_.x = x.to(at::kFloat);
-  entry_.errors.clear();
-  for (const Format* format : formats) {
-    entry_.errors.push_back(format->quantizes_activations()
-                                ? format->QuantizeActivation(entry_.x, scales) - entry_.x
-                                : at::Tensor());
-  }
-  return entry_;
+  x_ = x.to(at::kFloat);
+  errors_.clear();
+  return x_;
+}
+
+const at::Tensor& ActivationErrors::Error(const Format& format, const SharedScales& scales) {
+  at::Tensor& error = errors_[&format];
+  if (!error.defined()) error = format.QuantizeActivation(x_, scales) - x_;
+  return error;
 }
 
 LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& weight,
@@ -62,23 +57,22 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
 
 void LinearStatistics::AddSequence(const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx,
                                    ActivationErrors& activations) {
-  const ActivationErrors::Entry& input = activations.For(x, scales_, AllFormats());
+  const at::Tensor& x_f32 = activations.SetInput(x);
   const at::Tensor g_f32 = g.to(at::kFloat);
   const at::Tensor grad_squares = g_f32.square().sum(-1);
   token_weights_.push_back(grad_squares);
   stats_.tokens += g.size(0);
   stats_.grad_square += grad_squares.sum(at::kDouble).item<double>();
-  stats_.fisher_trace += (grad_squares * input.x.square().sum(-1)).sum(at::kDouble).item<double>();
+  stats_.fisher_trace += (grad_squares * x_f32.square().sum(-1)).sum(at::kDouble).item<double>();
   if (formats_.empty()) return;
 
-  const at::Tensor weight_gradient = at::matmul(g_f32.t(), input.x);
+  const at::Tensor weight_gradient = at::matmul(g_f32.t(), x_f32);
   const at::Tensor dx_f32 = dx.to(at::kFloat);
-  const auto all = AllFormats();
   for (size_t i = 0; i < formats_.size(); ++i) {
     double s = 0;
     if (weight_errors_[i].defined()) s += InnerProduct(weight_gradient, weight_errors_[i]);
-    const size_t position = std::find(all.begin(), all.end(), formats_[i]) - all.begin();
-    if (input.errors[position].defined()) s += InnerProduct(dx_f32, input.errors[position]);
+    if (formats_[i]->quantizes_activations())
+      s += InnerProduct(dx_f32, activations.Error(*formats_[i], scales_));
     costs_[i].directional.push_back(s);
   }
 }

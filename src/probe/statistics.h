@@ -15,7 +15,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <span>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -29,18 +29,14 @@ namespace prismaquant {
 // the last input.
 class ActivationErrors {
  public:
-  // Float32 x [tokens, in], and one error per format (undefined if the format leaves activations
-  // alone).
-  struct Entry {
-    at::Tensor x;
-    std::vector<at::Tensor> errors;
-  };
-  const Entry& For(const at::Tensor& x, const SharedScales& scales,
-                   std::span<const Format* const> formats);
+  // Makes x [tokens, in] the input. Returns it in float32.
+  const at::Tensor& SetInput(const at::Tensor& x);
+  // The input's error in a format that quantizes activations and can hold the Linear that reads it.
+  const at::Tensor& Error(const Format& format, const SharedScales& scales);
 
  private:
-  at::Tensor source_;
-  Entry entry_;
+  at::Tensor source_, x_;
+  std::map<const Format*, at::Tensor> errors_;
 };
 
 class LinearStatistics {

@@ -4,6 +4,8 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <set>
+#include <string>
 
 namespace prismaquant {
 namespace {
@@ -24,6 +26,20 @@ LinearInfo MakeLinear(int64_t in) {
   linear.out = kOut;
   linear.in = in;
   return linear;
+}
+
+std::set<std::string> Names(const LinearStatistics& statistics) {
+  std::set<std::string> names;
+  for (const LinearCost& cost : statistics.Costs()) names.insert(cost.format);
+  return names;
+}
+
+std::set<std::string> Supporting(int64_t out, int64_t in) {
+  std::set<std::string> names;
+  for (const Format* format : AllFormats()) {
+    if (format->Supports(out, in)) names.emplace(format->name());
+  }
+  return names;
 }
 
 // sum_t g_t . (dW x_t + W dx_t), element by element in float64.
@@ -83,16 +99,34 @@ TEST(LinearStatistics, AreTheDefinitionsOfTheCostModels) {
       EXPECT_NEAR(cost.directional[n], expected, 1e-4 * (1 + std::abs(expected))) << cost.format;
     }
   }
-  EXPECT_EQ(statistics.Costs().size(), AllFormats().size());
+  EXPECT_EQ(Names(statistics), Supporting(kOut, kIn));
 }
 
 TEST(LinearStatistics, AFormatThatCannotHoldTheWeightHasNoCost) {
-  const at::Tensor weight = torch::randn({kOut, 17});
-  const LinearStatistics statistics(MakeLinear(17), weight, {.weight_amax = 3, .input_amax = 3});
-  for (const LinearCost& cost : statistics.Costs()) {
-    EXPECT_TRUE(FindFormat(cost.format)->Supports(kOut, 17)) << cost.format;
+  for (const int64_t in : {17, 48}) {
+    const at::Tensor weight = torch::randn({kOut, in});
+    LinearStatistics statistics(MakeLinear(in), weight, {.weight_amax = 3, .input_amax = 3});
+    ActivationErrors activations;
+    const Sequence s = MakeSequence(in);
+    statistics.AddSequence(s.x, s.g, at::matmul(s.g, weight), activations);
+    EXPECT_EQ(Names(statistics), Supporting(kOut, in));
+    EXPECT_EQ(Names(statistics).contains("nvfp4"), in == 48);
+    EXPECT_FALSE(Names(statistics).contains("mxfp8"));
+    for (const LinearCost& cost : statistics.Costs()) EXPECT_EQ(cost.directional.size(), 1U);
   }
-  EXPECT_LT(statistics.Costs().size(), AllFormats().size());
+}
+
+TEST(ActivationErrors, AreThoseOfTheLastInput) {
+  const at::Tensor first = torch::randn({3, 32}), second = torch::randn({3, 32});
+  const Format& fp8 = *FindFormat("fp8");
+  ActivationErrors activations;
+  for (const at::Tensor& x : {first, second, first}) {
+    EXPECT_TRUE(activations.SetInput(x).equal(x));
+    EXPECT_TRUE(activations.SetInput(x.view({3, 32})).equal(x));
+    const at::Tensor expected = fp8.QuantizeActivation(x, SharedScales()) - x;
+    EXPECT_TRUE(activations.Error(fp8, {}).equal(expected));
+    EXPECT_TRUE(activations.Error(fp8, {}).equal(expected));
+  }
 }
 
 TEST(LinearStatistics, AnUnquantizedLinearHasStatisticsButNoCosts) {
