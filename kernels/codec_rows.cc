@@ -1,5 +1,6 @@
 #include "kernels/codec_rows.h"
 
+#include "kernels/integer_codes.h"
 #include "kernels/minifloat.h"
 
 namespace prismaquant::rows {
@@ -18,6 +19,17 @@ PQ_INLINE float Nvfp4GroupScale(const float* group, float global_scale) {
 // Adding zero turns -0 into +0, as compressed-tensors' E2M1 rounding and the zero point of its
 // activation quantizers do. A negative number that rounds to zero keeps its sign.
 PQ_INLINE float WithoutNegativeZero(float x) { return x + 0.0F; }
+
+template <int kBits>
+PQ_INLINE void EncodeIntGroup(const float* w, float scale, uint8_t* codes) {
+  for (int64_t i = 0; i < kIntGroupSize; ++i)
+    codes[i] = EncodeInt<kBits>(RoundToInt<kBits>(w[i] / scale));
+}
+
+template <int kBits>
+PQ_INLINE void DecodeIntGroup(const uint8_t* codes, float scale, float* w) {
+  for (int64_t i = 0; i < kIntGroupSize; ++i) w[i] = DecodeInt<kBits>(codes[i]) * scale;
+}
 
 }  // namespace
 
@@ -90,6 +102,81 @@ void Mxfp8Quantize(const float* x, int64_t in, float* y) {
       y[g * kMxGroupSize + i] = RoundToE4M3(WithoutNegativeZero(group[i] / effective)) * effective;
     }
   }
+}
+
+PQ_MULTIVERSION
+void Mxfp4Encode(const float* w, int64_t in, uint8_t* packed, uint8_t* scale) {
+  for (int64_t g = 0; g < in / kMxGroupSize; ++g) {
+    const float* group = w + g * kMxGroupSize;
+    scale[g] = Mxfp4ScaleCode(LargestMagnitude(group, kMxGroupSize));
+    const float effective = DecodeE8M0(scale[g]);
+    uint8_t codes[kMxGroupSize];
+    for (int64_t i = 0; i < kMxGroupSize; ++i)
+      codes[i] = EncodeE2M1(RoundToE2M1(WithoutNegativeZero(group[i] / effective)));
+    PackNibbles(codes, packed + g * kMxGroupSize / 2);
+    PackNibbles(codes + 16, packed + g * kMxGroupSize / 2 + 8);
+  }
+}
+
+PQ_MULTIVERSION
+void Mxfp4Decode(const uint8_t* packed, const uint8_t* scale, int64_t in, float* w) {
+  for (int64_t g = 0; g < in / kMxGroupSize; ++g) {
+    const float effective = DecodeE8M0(scale[g]);
+    uint8_t codes[kMxGroupSize];
+    UnpackNibbles(packed + g * kMxGroupSize / 2, codes);
+    UnpackNibbles(packed + g * kMxGroupSize / 2 + 8, codes + 16);
+    float* group = w + g * kMxGroupSize;
+    for (int64_t i = 0; i < kMxGroupSize; ++i) group[i] = DecodeE2M1(codes[i]) * effective;
+  }
+}
+
+PQ_MULTIVERSION
+void Mxfp4Quantize(const float* x, int64_t in, float* y) {
+  for (int64_t g = 0; g < in / kMxGroupSize; ++g) {
+    const float* group = x + g * kMxGroupSize;
+    const float effective = DecodeE8M0(Mxfp4ScaleCode(LargestMagnitude(group, kMxGroupSize)));
+    for (int64_t i = 0; i < kMxGroupSize; ++i) {
+      y[g * kMxGroupSize + i] = RoundToE2M1(WithoutNegativeZero(group[i] / effective)) * effective;
+    }
+  }
+}
+
+PQ_MULTIVERSION
+void IntScales(const float* w, int64_t in, int bits, float* scale) {
+  for (int64_t g = 0; g < in / kIntGroupSize; ++g)
+    scale[g] = LargestMagnitude(w + g * kIntGroupSize, kIntGroupSize) / IntHalfRange(bits);
+}
+
+PQ_MULTIVERSION
+void Int4Encode(const float* w, int64_t in, const float* scale, uint8_t* packed) {
+  for (int64_t g = 0; g < in / kIntGroupSize; ++g) {
+    uint8_t codes[kIntGroupSize];
+    EncodeIntGroup<4>(w + g * kIntGroupSize, scale[g], codes);
+    for (int64_t i = 0; i < kIntGroupSize; i += 16)
+      PackNibbles(codes + i, packed + (g * kIntGroupSize + i) / 2);
+  }
+}
+
+PQ_MULTIVERSION
+void Int8Encode(const float* w, int64_t in, const float* scale, uint8_t* packed) {
+  for (int64_t g = 0; g < in / kIntGroupSize; ++g)
+    EncodeIntGroup<8>(w + g * kIntGroupSize, scale[g], packed + g * kIntGroupSize);
+}
+
+PQ_MULTIVERSION
+void Int4Decode(const uint8_t* packed, int64_t in, const float* scale, float* w) {
+  for (int64_t g = 0; g < in / kIntGroupSize; ++g) {
+    uint8_t codes[kIntGroupSize];
+    for (int64_t i = 0; i < kIntGroupSize; i += 16)
+      UnpackNibbles(packed + (g * kIntGroupSize + i) / 2, codes + i);
+    DecodeIntGroup<4>(codes, scale[g], w + g * kIntGroupSize);
+  }
+}
+
+PQ_MULTIVERSION
+void Int8Decode(const uint8_t* packed, int64_t in, const float* scale, float* w) {
+  for (int64_t g = 0; g < in / kIntGroupSize; ++g)
+    DecodeIntGroup<8>(packed + g * kIntGroupSize, scale[g], w + g * kIntGroupSize);
 }
 
 PQ_MULTIVERSION

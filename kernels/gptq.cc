@@ -3,8 +3,10 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <limits>
 
 #include "kernels/gptq_rows.h"
+#include "kernels/integer_codes.h"
 #include "kernels/minifloat.h"
 
 namespace prismaquant::ops {
@@ -15,11 +17,40 @@ int64_t GroupSize(GptqGrid grid, int64_t columns) {
     case GptqGrid::kE2M1Group16:
       return kNvfp4GroupSize;
     case GptqGrid::kE4M3Group32:
+    case GptqGrid::kE2M1Group32:
       return kMxGroupSize;
+    case GptqGrid::kInt4Group128:
+    case GptqGrid::kInt8Group128:
+      return kIntGroupSize;
     case GptqGrid::kE4M3Row:
       return columns;
   }
-  TORCH_CHECK(false, "grid is ", static_cast<int64_t>(grid), ", expected 0, 1 or 2");
+  TORCH_CHECK(false, "grid is ", static_cast<int64_t>(grid), ", expected 0 to 5");
+}
+
+bool HasIntegerCodes(GptqGrid grid) {
+  return grid == GptqGrid::kInt4Group128 || grid == GptqGrid::kInt8Group128;
+}
+
+at::ScalarType ScaleType(GptqGrid grid, const at::Tensor& scale) {
+  const at::ScalarType found = scale.scalar_type();
+  const bool narrow = found == at::kBFloat16 || found == at::kHalf;
+  if (HasIntegerCodes(grid) && narrow) return found;
+  return HasIntegerCodes(grid) || grid == GptqGrid::kE4M3Row ? at::kFloat : at::kByte;
+}
+
+// As the codec stores a scale, but never infinite.
+template <typename T>
+float StoredScale(float scale) {
+  constexpr auto kLargest = std::numeric_limits<T>::max();
+  const float finite = scale < static_cast<float>(kLargest) ? scale : static_cast<float>(kLargest);
+  const auto stored = static_cast<float>(static_cast<T>(finite));
+  return stored == 0 ? static_cast<float>(std::numeric_limits<T>::epsilon()) : stored;
+}
+
+auto StoredScaleOf(at::ScalarType type) {
+  if (type == at::kBFloat16) return StoredScale<at::BFloat16>;
+  return type == at::kHalf ? StoredScale<at::Half> : StoredScale<float>;
 }
 
 void CheckWritten(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
@@ -38,8 +69,7 @@ void CheckArguments(GptqGrid grid, const at::Tensor& weight, const at::Tensor& u
   const int64_t group = GroupSize(grid, columns);
   TORCH_CHECK(columns % group == 0, columns, " columns are no multiple of the group size ", group);
   CheckWritten("weight", weight, {out, columns}, at::kFloat);
-  CheckWritten("scale", scale, {out, columns / group},
-               grid == GptqGrid::kE4M3Row ? at::kFloat : at::kByte);
+  CheckWritten("scale", scale, {out, columns / group}, ScaleType(grid, scale));
   CheckWritten("codes", codes, {out, columns}, at::kByte);
   CheckWritten("error", error, {out, columns}, at::kFloat);
   TORCH_CHECK(u.sizes() == at::IntArrayRef({columns, columns}) && u.scalar_type() == at::kFloat,
@@ -62,12 +92,14 @@ void GptqBlockCpu(int64_t grid_number, const at::Tensor& weight, const at::Tenso
                                   .u = factor.const_data_ptr<float>(),
                                   .importance = importance.const_data_ptr<float>(),
                                   .global_scale = static_cast<float>(global_scale),
+                                  .stored_scale = StoredScaleOf(scale.scalar_type()),
                                   .choose_scales = choose_scales};
   auto* w = weight.mutable_data_ptr<float>();
   auto* c = codes.mutable_data_ptr<uint8_t>();
   auto* e = error.mutable_data_ptr<float>();
   auto* s = static_cast<uint8_t*>(scale.mutable_data_ptr());
-  const auto* row_scale = static_cast<const float*>(scale.const_data_ptr());
+  const at::Tensor wide = scale.is_floating_point() ? scale.to(at::kFloat) : at::Tensor();
+  auto* f = wide.defined() ? wide.mutable_data_ptr<float>() : nullptr;
   at::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t first = r * columns;
@@ -78,12 +110,22 @@ void GptqBlockCpu(int64_t grid_number, const at::Tensor& weight, const at::Tenso
         case GptqGrid::kE4M3Group32:
           rows::GptqE4M3Group32(block, w + first, s + r * groups, c + first, e + first);
           break;
+        case GptqGrid::kE2M1Group32:
+          rows::GptqE2M1Group32(block, w + first, s + r * groups, c + first, e + first);
+          break;
+        case GptqGrid::kInt4Group128:
+          rows::GptqInt4Group128(block, w + first, f + r * groups, c + first, e + first);
+          break;
+        case GptqGrid::kInt8Group128:
+          rows::GptqInt8Group128(block, w + first, f + r * groups, c + first, e + first);
+          break;
         case GptqGrid::kE4M3Row:
-          rows::GptqE4M3Row(block, w + first, row_scale[r], c + first, e + first);
+          rows::GptqE4M3Row(block, w + first, f[r], c + first, e + first);
           break;
       }
     }
   });
+  if (HasIntegerCodes(grid)) scale.copy_(wide);
 }
 
 TORCH_LIBRARY_FRAGMENT(prismaquant, m) {

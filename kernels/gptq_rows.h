@@ -14,6 +14,7 @@ struct GptqBlockView {
   const float* u = nullptr;           // [columns, columns], row-major
   const float* importance = nullptr;  // 1 / u_jj^2 [columns]: what an error in column j costs
   float global_scale = 1;
+  float (*stored_scale)(float) = nullptr;  // INT4, INT8: a scale as its dtype holds it
   bool choose_scales = true;
 };
 
@@ -22,6 +23,12 @@ void GptqE2M1Group16(const GptqBlockView& block, float* w, uint8_t* scale, uint8
                      float* error);
 void GptqE4M3Group32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
                      float* error);
+void GptqE2M1Group32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
+                     float* error);
+void GptqInt4Group128(const GptqBlockView& block, float* w, float* scale, uint8_t* codes,
+                      float* error);
+void GptqInt8Group128(const GptqBlockView& block, float* w, float* scale, uint8_t* codes,
+                      float* error);
 void GptqE4M3Row(const GptqBlockView& block, float* w, float scale, uint8_t* codes, float* error);
 
 }  // namespace prismaquant::rows

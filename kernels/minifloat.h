@@ -110,12 +110,18 @@ PQ_INLINE float DecodeE8M0(uint8_t code) {
   return std::bit_cast<float>(code == 255 ? kQuietNanBits : power);
 }
 
-// The E8M0 code of an MXFP8 group by its largest magnitude: floor(log2 amax) - 8, one higher if the
-// mantissa of amax is at least 1.75, so that no value saturates by more than rounding.
-PQ_INLINE uint8_t Mxfp8ScaleCode(float amax) {
+// The E8M0 code of a group by its largest magnitude: floor(log2 amax) - kElementExponent, that of
+// the largest element, and one higher if the mantissa of amax is at least 1.75.
+template <int32_t kElementExponent>
+PQ_INLINE uint8_t MxScaleCode(float amax) {
   const uint32_t power = (std::bit_cast<uint32_t>(amax) + 0x00200000U) >> 23;
-  return static_cast<uint8_t>(Greatest(static_cast<int32_t>(power) - 8, 0));
+  return static_cast<uint8_t>(Greatest(static_cast<int32_t>(power) - kElementExponent, 0));
 }
+
+// No value saturates by more than rounding.
+PQ_INLINE uint8_t Mxfp8ScaleCode(float amax) { return MxScaleCode<8>(amax); }
+// A group whose largest magnitude has a mantissa in (1.5, 1.75) saturates at 6.
+PQ_INLINE uint8_t Mxfp4ScaleCode(float amax) { return MxScaleCode<2>(amax); }
 
 // Largest magnitude of n values; NaN if one is NaN.
 PQ_INLINE float LargestMagnitude(const float* values, int64_t n) {

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "kernels/codec_rows.h"
+#include "kernels/integer_codes.h"
 #include "kernels/minifloat.h"
 
 namespace prismaquant::ops {
@@ -124,6 +125,87 @@ at::Tensor Mxfp8QuantizeActivationCpu(const at::Tensor& x) {
   return y;
 }
 
+std::tuple<at::Tensor, at::Tensor> Mxfp4EncodeCpu(const at::Tensor& weight) {
+  const at::Tensor w = Float32Rows(weight);
+  const int64_t out = w.size(0), in = w.size(1);
+  CheckGroups(in, kMxGroupSize);
+  at::Tensor packed = at::empty({out, in / 2}, at::kByte);
+  at::Tensor scale = at::empty({out, in / kMxGroupSize}, at::kByte);
+  ForRows(out, in, [&](int64_t r) {
+    rows::Mxfp4Encode(w.const_data_ptr<float>() + r * in, in, MutableBytes(packed) + r * in / 2,
+                      MutableBytes(scale) + r * (in / kMxGroupSize));
+  });
+  return {packed, scale};
+}
+
+at::Tensor Mxfp4DecodeCpu(const at::Tensor& packed, const at::Tensor& scale) {
+  const at::Tensor p = ByteRows(packed), s = ByteRows(scale);
+  const int64_t out = p.size(0), in = 2 * p.size(1);
+  CheckGroups(in, kMxGroupSize);
+  TORCH_CHECK(s.size(0) == out && s.size(1) == in / kMxGroupSize, "scale has shape ", s.sizes());
+  at::Tensor w = at::empty({out, in}, at::kFloat);
+  ForRows(out, in, [&](int64_t r) {
+    rows::Mxfp4Decode(Bytes(p) + r * in / 2, Bytes(s) + r * (in / kMxGroupSize), in,
+                      w.data_ptr<float>() + r * in);
+  });
+  return w;
+}
+
+at::Tensor Mxfp4QuantizeActivationCpu(const at::Tensor& x) {
+  const at::Tensor input = Float32Rows(x);
+  const int64_t in = input.size(-1);
+  CheckGroups(in, kMxGroupSize);
+  at::Tensor y = at::empty_like(input);
+  ForRows(Rows(input), in, [&](int64_t r) {
+    rows::Mxfp4Quantize(input.const_data_ptr<float>() + r * in, in, y.data_ptr<float>() + r * in);
+  });
+  return y;
+}
+
+void CheckBits(int64_t bits) {
+  TORCH_CHECK(bits == 4 || bits == 8, "bits is ", bits, ", expected 4 or 8");
+}
+
+std::tuple<at::Tensor, at::Tensor> IntEncodeCpu(const at::Tensor& weight, int64_t bits,
+                                                at::ScalarType scale_type) {
+  CheckBits(bits);
+  const at::Tensor w = Float32Rows(weight);
+  const int64_t out = w.size(0), in = w.size(1), groups = in / kIntGroupSize;
+  CheckGroups(in, kIntGroupSize);
+  at::Tensor scale = at::empty({out, groups}, at::kFloat);
+  ForRows(out, in, [&](int64_t r) {
+    rows::IntScales(w.const_data_ptr<float>() + r * in, in, static_cast<int>(bits),
+                    scale.data_ptr<float>() + r * groups);
+  });
+  at::Tensor stored = scale.to(scale_type);
+  stored.masked_fill_(stored == 0, IntZeroScale(scale_type));
+  const at::Tensor effective = stored.to(at::kFloat);
+  at::Tensor packed = at::empty({out, in * bits / 32}, at::kInt);
+  const auto encode = bits == 4 ? rows::Int4Encode : rows::Int8Encode;
+  ForRows(out, in, [&](int64_t r) {
+    encode(w.const_data_ptr<float>() + r * in, in, effective.const_data_ptr<float>() + r * groups,
+           MutableBytes(packed) + r * in * bits / 8);
+  });
+  return {packed, stored};
+}
+
+at::Tensor IntDecodeCpu(const at::Tensor& packed, const at::Tensor& scale, int64_t bits) {
+  CheckBits(bits);
+  TORCH_CHECK(packed.dim() == 2 && packed.scalar_type() == at::kInt,
+              "expected rows of int32, found ", packed.scalar_type(), " ", packed.sizes());
+  const at::Tensor p = packed.contiguous(), s = scale.to(at::kFloat).contiguous();
+  const int64_t out = p.size(0), in = p.size(1) * 32 / bits, groups = in / kIntGroupSize;
+  CheckGroups(in, kIntGroupSize);
+  TORCH_CHECK(s.sizes() == at::IntArrayRef({out, groups}), "scale has shape ", s.sizes());
+  at::Tensor w = at::empty({out, in}, at::kFloat);
+  const auto decode = bits == 4 ? rows::Int4Decode : rows::Int8Decode;
+  ForRows(out, in, [&](int64_t r) {
+    decode(Bytes(p) + r * in * bits / 8, in, s.const_data_ptr<float>() + r * groups,
+           w.data_ptr<float>() + r * in);
+  });
+  return w;
+}
+
 std::tuple<at::Tensor, at::Tensor> Fp8EncodeCpu(const at::Tensor& weight,
                                                 at::ScalarType scale_type) {
   const at::Tensor w = Float32Rows(weight);
@@ -173,6 +255,11 @@ TORCH_LIBRARY(prismaquant, m) {
   m.def("mxfp8_encode(Tensor weight) -> (Tensor, Tensor)");
   m.def("mxfp8_decode(Tensor codes, Tensor scale) -> Tensor");
   m.def("mxfp8_quantize_activation(Tensor x) -> Tensor");
+  m.def("mxfp4_encode(Tensor weight) -> (Tensor, Tensor)");
+  m.def("mxfp4_decode(Tensor packed, Tensor scale) -> Tensor");
+  m.def("mxfp4_quantize_activation(Tensor x) -> Tensor");
+  m.def("int_encode(Tensor weight, int bits, ScalarType scale_type) -> (Tensor, Tensor)");
+  m.def("int_decode(Tensor packed, Tensor scale, int bits) -> Tensor");
   m.def("fp8_encode(Tensor weight, ScalarType scale_type) -> (Tensor, Tensor)");
   m.def("fp8_decode(Tensor codes, Tensor scale) -> Tensor");
   m.def("fp8_quantize_activation(Tensor x) -> Tensor");
@@ -185,6 +272,11 @@ TORCH_LIBRARY_IMPL(prismaquant, CPU, m) {
   m.impl("mxfp8_encode", &Mxfp8EncodeCpu);
   m.impl("mxfp8_decode", &Mxfp8DecodeCpu);
   m.impl("mxfp8_quantize_activation", &Mxfp8QuantizeActivationCpu);
+  m.impl("mxfp4_encode", &Mxfp4EncodeCpu);
+  m.impl("mxfp4_decode", &Mxfp4DecodeCpu);
+  m.impl("mxfp4_quantize_activation", &Mxfp4QuantizeActivationCpu);
+  m.impl("int_encode", &IntEncodeCpu);
+  m.impl("int_decode", &IntDecodeCpu);
   m.impl("fp8_encode", &Fp8EncodeCpu);
   m.impl("fp8_decode", &Fp8DecodeCpu);
   m.impl("fp8_quantize_activation", &Fp8QuantizeActivationCpu);
@@ -237,6 +329,49 @@ at::Tensor Mxfp8QuantizeActivation(const at::Tensor& x) {
   static const auto op =
       Operator<at::Tensor(const at::Tensor&)>("prismaquant::mxfp8_quantize_activation");
   return op.call(x);
+}
+
+std::tuple<at::Tensor, at::Tensor> Mxfp4Encode(const at::Tensor& weight) {
+  static const auto op =
+      Operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&)>("prismaquant::mxfp4_encode");
+  return op.call(weight);
+}
+
+at::Tensor Mxfp4Decode(const at::Tensor& packed, const at::Tensor& scale) {
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&, const at::Tensor&)>("prismaquant::mxfp4_decode");
+  return op.call(packed, scale);
+}
+
+at::Tensor Mxfp4QuantizeActivation(const at::Tensor& x) {
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&)>("prismaquant::mxfp4_quantize_activation");
+  return op.call(x);
+}
+
+std::tuple<at::Tensor, at::Tensor> IntEncode(const at::Tensor& weight, int64_t bits,
+                                             at::ScalarType scale_type) {
+  static const auto op =
+      Operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, int64_t, at::ScalarType)>(
+          "prismaquant::int_encode");
+  return op.call(weight, bits, scale_type);
+}
+
+at::Tensor IntDecode(const at::Tensor& packed, const at::Tensor& scale, int64_t bits) {
+  static const auto op = Operator<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t)>(
+      "prismaquant::int_decode");
+  return op.call(packed, scale, bits);
+}
+
+double IntZeroScale(at::ScalarType scale_type) {
+  switch (scale_type) {
+    case at::kBFloat16:
+      return 0x1p-7;
+    case at::kHalf:
+      return 0x1p-10;
+    default:
+      return 0x1p-23;
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> Fp8Encode(const at::Tensor& weight, at::ScalarType scale_type) {

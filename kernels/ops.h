@@ -28,6 +28,19 @@ std::tuple<at::Tensor, at::Tensor> Mxfp8Encode(const at::Tensor& weight);
 at::Tensor Mxfp8Decode(const at::Tensor& codes, const at::Tensor& scale);
 at::Tensor Mxfp8QuantizeActivation(const at::Tensor& x);
 
+// MXFP4. weight [out, in] -> packed U8 [out, in/2], scale U8 [out, in/32] (E8M0).
+std::tuple<at::Tensor, at::Tensor> Mxfp4Encode(const at::Tensor& weight);
+at::Tensor Mxfp4Decode(const at::Tensor& packed, const at::Tensor& scale);
+at::Tensor Mxfp4QuantizeActivation(const at::Tensor& x);
+
+// INT4 and INT8 (bits) in groups of 128 columns. weight [out, in] -> packed I32 [out, in * bits /
+// 32], scale [out, in/128] in scale_type; codes are chosen under the scale as stored.
+std::tuple<at::Tensor, at::Tensor> IntEncode(const at::Tensor& weight, int64_t bits,
+                                             at::ScalarType scale_type);
+at::Tensor IntDecode(const at::Tensor& packed, const at::Tensor& scale, int64_t bits);
+// The scale in place of one that is zero as stored: compressed-tensors', the type's epsilon.
+double IntZeroScale(at::ScalarType scale_type);
+
 // FP8 with one scale per row. scale_type: the dtype in which the scale is stored; codes are chosen
 // under the scale as stored. weight [out, in] -> codes float8_e4m3fn [out, in], scale [out, 1].
 std::tuple<at::Tensor, at::Tensor> Fp8Encode(const at::Tensor& weight, at::ScalarType scale_type);

@@ -28,7 +28,7 @@ Status TakeChoices(Session& session, const std::string& file, Delivery& delivery
   }
   PQ_ASSIGN_OR_RETURN(const auto choices, ChoicesFromJson(json, file, linears));
   PlanFlags all;
-  all.formats = {"nvfp4", "fp8", "mxfp8", "bf16"};
+  all.formats = FormatNames();
   all.kernels = "any";
   for (const auto& [linear, format] : choices)
     all.pin.push_back(fmt::format("^{}$={}", linear, format));

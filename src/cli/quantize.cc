@@ -57,7 +57,7 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
 Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
   if (!flags.uniform.empty()) {
     PlanFlags all = flags.plan;
-    all.formats = {"nvfp4", "fp8", "mxfp8", "bf16"};
+    all.formats = FormatNames();
     PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/false));
     PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(flags.uniform));
     PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes,
@@ -172,7 +172,7 @@ Command AddQuantizeCommand(CLI::App& app) {
       ->add_option(
           "--uniform", flags->uniform,
           "Give every Linear this format; needs no probe, so GPTQ weights all tokens alike")
-      ->check(CLI::IsMember({"nvfp4", "fp8", "mxfp8", "bf16"}));
+      ->check(CLI::IsMember(FormatNames()));
   flags->render.Register(*command);
   command->add_option("--eval-text", flags->eval_text,
                       "Held-out text (default: the last tenth of the calibration text)");

@@ -56,6 +56,12 @@ std::string PrecisionName(at::ScalarType type) {
 
 }  // namespace
 
+std::vector<std::string> FormatNames() {
+  std::vector<std::string> names;
+  for (const Format* format : AllFormats()) names.emplace_back(format->name());
+  return names;
+}
+
 void CalibrationFlags::Register(CLI::App& command, bool file_required) {
   auto* option = command.add_option(
       "--calibration", file, "Calibration text: .txt, or .jsonl with text, messages or input_ids");
@@ -94,7 +100,7 @@ void PlanFlags::Register(CLI::App& command) {
   command.add_flag("--knee", knee, "Take the knee of the sweep as the budget");
   command.add_option("--formats", formats, "Formats to choose from (default nvfp4,fp8,bf16)")
       ->delimiter(',')
-      ->check(CLI::IsMember({"nvfp4", "fp8", "mxfp8", "bf16"}));
+      ->check(CLI::IsMember(FormatNames()));
   command.add_option("--pin", pin, "REGEX=FORMAT: matching Linears get this format");
   command.add_option("--forbid", forbid, "REGEX=FORMAT: matching Linears do not get this format");
   command.add_option("--kernels", kernels, "Shape rules: those of vLLM's GPU kernels, or any")

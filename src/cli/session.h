@@ -28,6 +28,9 @@
 
 namespace prismaquant {
 
+// Names of all formats, smallest bits first.
+std::vector<std::string> FormatNames();
+
 struct CalibrationFlags {
   std::string file;
   int64_t samples = 32, tokens = 512;

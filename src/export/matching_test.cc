@@ -61,6 +61,19 @@ TEST(Matching, AcceptsTheConfigThatWeWrite) {
   EXPECT_TRUE(status.ok()) << status.message();
 }
 
+TEST(Matching, EverySchemeIsThatOfOneFormat) {
+  for (const Format* format : AllFormats()) {
+    const Json scheme = format->Scheme();
+    if (scheme.is_null()) continue;
+    const ConfigGroup group{"group_0",
+                            std::string(format->compression_format()),
+                            scheme["weights"],
+                            scheme["input_activations"],
+                            {}};
+    EXPECT_EQ(FormatOfGroup(group), format) << format->name();
+  }
+}
+
 TEST(Matching, TextOnlySpellingIsRequired) {
   Json config = Config();
   Json targets = Json::array();

@@ -82,10 +82,10 @@ Json BuildQuantizationConfig(const Profile& profile,
   if (modules.empty()) return nullptr;
 
   Json groups = Json::object();
-  Json single_format;
+  std::set<std::string_view> stored_formats;
   for (const Format* format : AllFormats()) {
     if (modules.count(format) == 0) continue;
-    single_format = format->compression_format();
+    stored_formats.insert(format->compression_format());
     groups[fmt::format("group_{}", groups.size())] = Group(profile, *format, modules[format]);
   }
   unquantized.insert("lm_head");
@@ -93,7 +93,7 @@ Json BuildQuantizationConfig(const Profile& profile,
   ignore.push_back("re:.*lm_head$");
   return {{"quant_method", "compressed-tensors"},
           {"version", "0.20.0"},
-          {"format", groups.size() > 1 ? Json("mixed-precision") : single_format},
+          {"format", stored_formats.size() > 1 ? "mixed-precision" : *stored_formats.begin()},
           {"quantization_status", "compressed"},
           {"global_compression_ratio", nullptr},
           {"kv_cache_scheme", nullptr},

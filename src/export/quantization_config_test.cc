@@ -72,6 +72,27 @@ TEST(QuantizationConfig, MixedFormatsGetOneGroupEachInModelOrder) {
                           "mtp.fc", "re:.*lm_head$"));
 }
 
+TEST(QuantizationConfig, FormatsStoredAlikeAreGroupsOfTheirOwn) {
+  const auto config = [](const char* up, const char* down) {
+    return BuildQuantizationConfig(Llama(),
+                                   {{"model.layers.0.mlp.up_proj", FindFormat(up)},
+                                    {"model.layers.0.mlp.down_proj", FindFormat(down)}},
+                                   {});
+  };
+  const Json fours = config("nvfp4", "nvfp4a16");
+  EXPECT_EQ(fours["format"], "nvfp4-pack-quantized");
+  ASSERT_EQ(fours["config_groups"].size(), 2);
+  const Json& quantizes = fours["config_groups"]["group_0"];
+  const Json& weight_only = fours["config_groups"]["group_1"];
+  EXPECT_EQ(quantizes["input_activations"]["dynamic"], "local");
+  EXPECT_TRUE(weight_only["input_activations"].is_null());
+  EXPECT_EQ(quantizes["weights"], weight_only["weights"]);
+  EXPECT_EQ(config("int4", "int8")["format"], "pack-quantized");
+  EXPECT_EQ(config("int4", "int8")["config_groups"].size(), 2);
+  EXPECT_EQ(config("mxfp4", "nvfp4")["format"], "mixed-precision");
+  EXPECT_EQ(config("int4", "nvfp4a16")["format"], "mixed-precision");
+}
+
 TEST(QuantizationConfig, SchemesHaveNoKeyThatReadersForbid) {
   const std::vector<std::string> allowed = {"targets", "weights", "input_activations",
                                             "output_activations", "format"};

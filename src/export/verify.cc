@@ -75,8 +75,10 @@ Result<StoredLinear> LinearFromTensors(const std::string& module, const StoredTe
     return Status::InvalidInput(
         fmt::format("{}: its weight has rank {}, expected 2", module, codes.dim()));
   }
+  const auto shape = stored.find("weight_shape");
   linear.out = codes.size(0);
-  linear.in = codes.size(1) * (packed ? 2 : 1);
+  linear.in =
+      shape != stored.end() ? shape->second[1].item<int64_t>() : codes.size(1) * (packed ? 2 : 1);
   linear.dtype = IsQuantized(*linear.format) ? dtype : FromScalarType(codes.scalar_type());
   return linear;
 }

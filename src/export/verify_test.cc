@@ -100,6 +100,29 @@ TEST_F(Verify, ReadsTheStoredFormats) {
   EXPECT_EQ(linears.count("model.visual.pos_embed"), 0);
 }
 
+TEST_F(Verify, ReadsTheShapeOfPackedIntegersElsewhere) {
+  StoredTensors stored;
+  Rewrite([&](auto& tensors) {
+    Erase(tensors, "mtp.fc.weight");
+    stored = FindFormat("int8")->Encode(at::randn({64, 128}), {}, DType::kBF16);
+    for (const auto& [suffix, tensor] : stored) {
+      tensors.push_back(
+          {{"mtp.fc." + suffix, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
+           [&tensor = tensor](const CheckpointWriter::Sink& sink) {
+             return sink(TensorBytes(tensor));
+           }});
+    }
+  });
+  const Checkpoint out = TinyCheckpoint::Must(Checkpoint::Open(tiny_.out()));
+  const auto model = TinyCheckpoint::Must(Model::Open(out));
+  const auto linears = TinyCheckpoint::Must(ReadStoredLinears(*model));
+  const StoredLinear& linear = linears.at("mtp.fc");
+  EXPECT_EQ(linear.format, FindFormat("int8"));
+  EXPECT_EQ(linear.out, 64);
+  EXPECT_EQ(linear.in, 128);
+  EXPECT_THAT(Check(false), HasSubstr("mtp.fc: transformers gets scheme none"));
+}
+
 TEST_F(Verify, NegativeGroupScale) {
   Poke(gate_ + ".weight_scale", 3, 0x81);
   EXPECT_THAT(Check(false), HasSubstr(gate_ + ": weight_scale"));
@@ -118,8 +141,15 @@ TEST_F(Verify, GlobalScalesOfFusedModules) {
 }
 
 TEST_F(Verify, MissingTensorOfAFormat) {
+  Rewrite([&](auto& tensors) { Erase(tensors, gate_ + ".weight_global_scale"); });
+  EXPECT_THAT(Check(false), HasSubstr(gate_ + ": its tensors"));
+}
+
+TEST_F(Verify, Nvfp4WithoutInputScaleIsAnotherFormat) {
   Rewrite([&](auto& tensors) { Erase(tensors, gate_ + ".input_global_scale"); });
-  EXPECT_THAT(Check(false), HasSubstr(gate_ + ": input_global_scale is missing"));
+  const std::string failure = Check(false);
+  EXPECT_THAT(failure, HasSubstr("up_proj: is nvfp4"));
+  EXPECT_THAT(failure, HasSubstr("gate_proj, which vLLM fuses with it, is nvfp4a16"));
 }
 
 TEST_F(Verify, WeightBesidePackedWeight) {
@@ -202,6 +232,28 @@ TEST_F(Verify, ChangedFilesAndConfig) {
   config["image_token_id"] = 3;
   WriteJson("config.json", config);
   EXPECT_THAT(Check(true), HasSubstr("config.json"));
+}
+
+TEST(VerifyFormats, AcceptsEveryFormatWhereItFits) {
+  for (const Format* format : AllFormats()) {
+    const TinyCheckpoint tiny;
+    std::map<std::string, const Format*> formats;
+    for (const LinearInfo& linear : tiny.model().linears()) {
+      const bool fits = linear.allocatable && format->Supports(linear.out, linear.in);
+      formats[linear.name] = fits ? format : &SourceFormat();
+    }
+    EXPECT_EQ(formats.at(std::string(TinyCheckpoint::kFullLayer) + "mlp.down_proj"), format);
+    Status status = ExportCheckpoint(FileSystem::Default(), tiny.Plan(formats), tiny.out());
+    ASSERT_TRUE(status.ok()) << format->name() << ": " << status.message();
+    const Checkpoint out = TinyCheckpoint::Must(Checkpoint::Open(tiny.out()));
+    status = VerifyCheckpoint(out, &tiny.checkpoint());
+    EXPECT_TRUE(status.ok()) << format->name() << ": " << status.message();
+    const auto model = TinyCheckpoint::Must(Model::Open(out));
+    const auto linears = TinyCheckpoint::Must(ReadStoredLinears(*model));
+    for (const auto& [name, expected] : formats) {
+      EXPECT_EQ(linears.at(name).format, expected) << name;
+    }
+  }
 }
 
 }  // namespace

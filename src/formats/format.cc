@@ -38,6 +38,14 @@ std::string ShapeText(at::IntArrayRef shape) {
   return fmt::format("[{}]", fmt::join(shape.begin(), shape.end(), ", "));
 }
 
+Status CheckStatedShape(const at::Tensor& tensor, int64_t out, int64_t in) {
+  if (at::equal(tensor, at::tensor({out, in}))) return {};
+  const at::Tensor found = tensor.contiguous();
+  return Status::InvalidInput(fmt::format(
+      "weight_shape holds {}, expected [{}, {}]",
+      ShapeText({found.const_data_ptr<int64_t>(), static_cast<size_t>(found.numel())}), out, in));
+}
+
 Status CheckValues(const std::string& suffix, const at::Tensor& tensor) {
   const auto bad = [&](const std::string& what) {
     return Status::InvalidInput(suffix + " " + what);
@@ -67,6 +75,15 @@ Status CheckValues(const std::string& suffix, const at::Tensor& tensor) {
   return {};
 }
 
+// The stated shape says how many codes a word holds.
+const Format* DetectInt(const at::Tensor& packed, const at::Tensor& shape) {
+  if (packed.dim() != 2 || shape.numel() != 2) return nullptr;
+  const auto in = shape.flatten()[1].item<int64_t>();
+  if (in > 0 && packed.size(1) * 8 == in) return &Int4Format();
+  if (in > 0 && packed.size(1) * 4 == in) return &Int8Format();
+  return nullptr;
+}
+
 }  // namespace
 
 int64_t Format::Bytes(int64_t out, int64_t in, DType source) const {
@@ -93,6 +110,7 @@ Status CheckStored(const Format& format, const StoredTensors& stored, int64_t ou
                                               ShapeText(spec.shape), format.name()));
     }
     PQ_RETURN_IF_ERROR(CheckValues(spec.name, tensor));
+    if (spec.name == "weight_shape") PQ_RETURN_IF_ERROR(CheckStatedShape(tensor, out, in));
   }
   if (stored.size() != layout.size()) {
     return Status::InvalidInput(fmt::format("{} tensors are stored, {} has {}", stored.size(),
@@ -109,8 +127,9 @@ const Format* FindFormat(std::string_view name) {
 }
 
 std::span<const Format* const> AllFormats() {
-  static const std::array<const Format*, 4> formats = {&Nvfp4Format(), &Fp8Format(), &Mxfp8Format(),
-                                                       &SourceFormat()};
+  static const std::array<const Format*, 8> formats = {
+      &Int4Format(), &Mxfp4Format(), &Nvfp4Format(), &Nvfp4A16Format(),
+      &Fp8Format(),  &Int8Format(),  &Mxfp8Format(), &SourceFormat()};
   return formats;
 }
 
@@ -119,7 +138,12 @@ const Format* DetectFormat(const StoredTensors& stored) {
     const auto found = stored.find(suffix);
     return found == stored.end() ? std::nullopt : std::optional(found->second.scalar_type());
   };
-  if (type("weight_packed") == at::kByte && type("weight_global_scale")) return &Nvfp4Format();
+  if (type("weight_packed") == at::kByte && type("weight_global_scale"))
+    return type("input_global_scale") ? &Nvfp4Format() : &Nvfp4A16Format();
+  if (type("weight_packed") == at::kByte && type("weight_scale") == at::kByte)
+    return &Mxfp4Format();
+  if (type("weight_packed") == at::kInt && type("weight_shape") == at::kLong)
+    return DetectInt(stored.at("weight_packed"), stored.at("weight_shape"));
   if (type("weight") == at::kFloat8_e4m3fn && type("weight_scale") == at::kByte)
     return &Mxfp8Format();
   if (type("weight") == at::kFloat8_e4m3fn && type("weight_scale")) return &Fp8Format();
@@ -151,7 +175,7 @@ DType FromScalarType(at::ScalarType type) {
 
 Json QuantizationArgs(const SchemeArgs& args) {
   return {{"num_bits", args.bits},
-          {"type", "float"},
+          {"type", args.type},
           {"symmetric", true},
           {"strategy", args.strategy},
           {"group_size", args.group_size},

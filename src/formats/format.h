@@ -34,7 +34,15 @@ struct SharedScales {
 };
 
 // The grid that GPTQ rounds to: per row, groups of consecutive columns with one scale each.
-enum class Grid { kNone, kE2M1Group16, kE4M3Group32, kE4M3Row };
+enum class Grid {
+  kNone,
+  kE2M1Group16,   // E4M3 scales
+  kE2M1Group32,   // E8M0 scales
+  kE4M3Group32,   // E8M0 scales
+  kE4M3Row,       // scales in the source's dtype
+  kInt4Group128,  // scales in the source's dtype
+  kInt8Group128   // scales in the source's dtype
+};
 
 class Format {
  public:
@@ -65,7 +73,7 @@ class Format {
   virtual bool quantizes_activations() const = 0;
 
   virtual Grid grid() const = 0;
-  // Which output-size multiple vLLM's GPU kernels demand of the fused Linear (1 if none).
+  // Which output-size multiple vLLM's GPU kernels want of the fused Linear (1 if any will do).
   virtual int64_t kernel_out_multiple() const { return 1; }
 
   // compressed-tensors "format" of the config group and the group's body (weights,

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels/gptq.h"
+#include "kernels/integer_codes.h"
 #include "kernels/minifloat.h"
 
 namespace prismaquant {
@@ -55,7 +56,7 @@ struct GridState {
   ops::GptqGrid grid = ops::GptqGrid::kE2M1Group16;
   int64_t group = 0;  // columns per stored scale; 0: one per row
   double global_scale = 1;
-  at::Tensor scale;  // as the operator wants it: codes U8 [out, in / group], or float32 [out, 1]
+  at::Tensor scale;  // as the operator wants it: [out, in / group], or float32 [out, 1]
   at::Tensor codes;  // U8 [out, in]
 };
 
@@ -72,6 +73,17 @@ GridState MakeGrid(const Format& format, const StoredTensors& rtn, int64_t out, 
       state.grid = ops::GptqGrid::kE4M3Group32;
       state.group = kMxGroupSize;
       break;
+    case Grid::kE2M1Group32:
+      state.grid = ops::GptqGrid::kE2M1Group32;
+      state.group = kMxGroupSize;
+      break;
+    case Grid::kInt4Group128:
+    case Grid::kInt8Group128:
+      state.grid = format.grid() == Grid::kInt4Group128 ? ops::GptqGrid::kInt4Group128
+                                                        : ops::GptqGrid::kInt8Group128;
+      state.group = kIntGroupSize;
+      state.scale = at::empty_like(rtn.at("weight_scale"));
+      return state;
     default:
       state.grid = ops::GptqGrid::kE4M3Row;
       state.scale = rtn.at("weight_scale").to(at::kFloat).contiguous();
@@ -81,15 +93,30 @@ GridState MakeGrid(const Format& format, const StoredTensors& rtn, int64_t out, 
   return state;
 }
 
+// Codes of four bits, the even column's in the low ones.
+at::Tensor PackPairs(const at::Tensor& codes) {
+  const at::Tensor pairs = codes.view({codes.size(0), -1, 2});
+  return pairs.select(2, 0).bitwise_or(pairs.select(2, 1).bitwise_left_shift(4)).contiguous();
+}
+
 StoredTensors ToStored(const Format& format, const GridState& state, StoredTensors stored) {
   switch (format.grid()) {
-    case Grid::kE2M1Group16: {
-      const at::Tensor pairs = state.codes.view({state.codes.size(0), -1, 2});
-      stored["weight_packed"] =
-          pairs.select(2, 0).bitwise_or(pairs.select(2, 1).bitwise_left_shift(4)).contiguous();
+    case Grid::kE2M1Group16:
+      stored["weight_packed"] = PackPairs(state.codes);
       stored["weight_scale"] = state.scale.view(at::kFloat8_e4m3fn);
       break;
-    }
+    case Grid::kE2M1Group32:
+      stored["weight_packed"] = PackPairs(state.codes);
+      stored["weight_scale"] = state.scale;
+      break;
+    case Grid::kInt4Group128:
+      stored["weight_packed"] = PackPairs(state.codes).view(at::kInt);
+      stored["weight_scale"] = state.scale;
+      break;
+    case Grid::kInt8Group128:
+      stored["weight_packed"] = state.codes.view(at::kInt);
+      stored["weight_scale"] = state.scale;
+      break;
     case Grid::kE4M3Group32:
       stored["weight_scale"] = state.scale;
       [[fallthrough]];
@@ -109,7 +136,8 @@ void RunColumns(const at::Tensor& weight, const at::Tensor& factor, bool choose_
     at::Tensor codes = at::empty(block.sizes(), at::kByte);
     at::Tensor error = at::empty_like(block);
     at::Tensor scale = state.scale;
-    if (state.group > 0) scale = at::empty({block.size(0), columns / state.group}, at::kByte);
+    if (state.group > 0)
+      scale = at::empty({block.size(0), columns / state.group}, state.scale.options());
     ops::GptqBlock(state.grid, block, factor.narrow(0, begin, columns).narrow(1, begin, columns),
                    scale, codes, error, state.global_scale, choose_scales);
     state.codes.narrow(1, begin, columns).copy_(codes);

@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
 from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor
 from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
 from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils.helpers import (
@@ -19,7 +21,8 @@ torch.ops.load_library(os.environ["PRISMAQUANT_OPS"])
 OPS = torch.ops.prismaquant
 
 E2M1_TIES = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
-SHAPES = [(1, 16), (1, 32), (3, 48), (5, 64), (7, 160), (33, 1024), (2, 4304), (64, 1), (4, 17)]
+SHAPES = [(1, 16), (1, 32), (3, 48), (5, 64), (1, 128), (7, 160), (3, 384), (33, 1024), (2, 4304), (64, 1), (4, 17)]
+INT_PRESETS = {4: "W4A16", 8: "W8A16"}
 
 
 def scheme(preset: str) -> QuantizationScheme:
@@ -71,6 +74,12 @@ def fill(kind: str, shape: tuple[int, int]) -> torch.Tensor:
         ties = ties.clamp(-448, 448)
         ties[:, ::32] = 448
         return ties
+    if kind == "int_ties":
+        # Half-way between integers under a power of two: of INT4 in even groups of 128, of INT8 in odd ones.
+        largest = torch.where(torch.arange(shape[1]) // 128 % 2 == 0, 8.0, 128.0)
+        ties = ((torch.rand(shape, generator=generator) * 2 - 1) * largest).floor() + 0.5
+        ties[:, ::128] = largest[::128] - 0.5
+        return ties * torch.exp2(torch.randint(-8, 8, (shape[0], 1), generator=generator).float())
     if kind == "powers":
         # Around the threshold of 1.75 at which the E8M0 scale is promoted.
         mantissa = torch.tensor([1.0, 1.7499999, 1.75, 1.7500001, 1.9999999])
@@ -95,6 +104,7 @@ KINDS = [
     "some_zero_groups",
     "ties",
     "e4m3_ties",
+    "int_ties",
     "powers",
 ]
 
@@ -163,6 +173,59 @@ def test_mxfp8_weight(kind, shape):
     assert_bits(codes, expected["weight"])
 
 
+@pytest.mark.parametrize(("kind", "shape"), cases(32))
+def test_mxfp4_weight(kind, shape):
+    weight, args = fill(kind, shape), scheme("MXFP4").weights
+    scale, _ = calculate_qparams(*grouped_range(weight, 32), args)
+    state = {"weight": weight, "weight_scale": scale}
+    expected = MXFP4PackedCompressor.compress(state, scheme("MXFP4"))
+    packed, found_scale = OPS.mxfp4_encode(weight)
+    assert_bits(found_scale, expected["weight_scale"])
+    assert_bits(packed, expected["weight_packed"])
+
+
+def int_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    return calculate_qparams(*grouped_range(weight, 128), scheme(INT_PRESETS[bits]).weights)[0]
+
+
+def int_compress(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> dict:
+    return PackedQuantizationCompressor.compress({"weight": weight, "weight_scale": scale}, scheme(INT_PRESETS[bits]))
+
+
+@pytest.mark.parametrize("bits", INT_PRESETS)
+@pytest.mark.parametrize(("kind", "shape"), cases(128))
+def test_int_weight(kind, shape, bits):
+    weight = fill(kind, shape)
+    expected = int_compress(weight, int_scale(weight, bits), bits)
+    packed, scale = OPS.int_encode(weight, bits, torch.float32)
+    assert_bits(scale, expected["weight_scale"])
+    assert_bits(packed, expected["weight_packed"])
+    assert expected["weight_shape"].tolist() == list(shape)
+
+
+@pytest.mark.parametrize("bits", INT_PRESETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_int_scale_of_a_bfloat16_weight_and_codes_of_the_same_weight_widened(kind, bits):
+    # Given a bfloat16 weight, compressed-tensors rounds the quotients to bfloat16 before it takes the nearest code.
+    weight = fill(kind, (33, 1024)).bfloat16()
+    stored = int_scale(weight, bits)
+    packed, scale = OPS.int_encode(weight.float(), bits, torch.bfloat16)
+    assert_bits(scale, stored)
+    assert_bits(packed, int_compress(weight.float(), stored, bits)["weight_packed"])
+
+
+@pytest.mark.parametrize("bits", INT_PRESETS)
+@pytest.mark.parametrize("kind", ["normal", "zero", "outlier", "int_ties"])
+def test_int_scale_of_a_float16_weight_and_codes_of_the_same_weight_widened(kind, bits):
+    weight = fill(kind, (33, 1024)).half()
+    weight[3] *= 0
+    weight[4] = torch.where(weight[4] > 0, 2.0**-24, 0)  # its scale is zero in float16
+    stored = int_scale(weight, bits)
+    packed, scale = OPS.int_encode(weight.float(), bits, torch.float16)
+    assert_bits(scale, stored)
+    assert_bits(packed, int_compress(weight.float(), stored, bits)["weight_packed"])
+
+
 @pytest.mark.parametrize(("kind", "shape"), cases(1))
 def test_fp8_weight(kind, shape):
     weight, args = fill(kind, shape), scheme("FP8_DYNAMIC").weights
@@ -224,6 +287,13 @@ def test_mxfp8_activation(kind, shape):
     assert_bits(OPS.mxfp8_quantize_activation(x), fake_quantize(x, scale, zero, args))
 
 
+@pytest.mark.parametrize(("kind", "shape"), cases(32))
+def test_mxfp4_activation(kind, shape):
+    x, args = fill(kind, shape), scheme("MXFP4").input_activations
+    scale, zero = compute_dynamic_scales_and_zp(x, args, None)
+    assert_bits(OPS.mxfp4_quantize_activation(x), fake_quantize(x, scale, zero, args))
+
+
 @pytest.mark.parametrize(("kind", "shape"), cases(1))
 def test_fp8_activation(kind, shape):
     # compressed-tensors takes one scale per token only for three dimensions.
@@ -237,6 +307,7 @@ def test_activations_of_any_rank_agree_with_their_rows():
     for op in (
         lambda t: OPS.nvfp4_quantize_activation(t, 700.0),
         OPS.mxfp8_quantize_activation,
+        OPS.mxfp4_quantize_activation,
         OPS.fp8_quantize_activation,
     ):
         assert_bits(op(x.view(3, 4, 64)).view(12, 64), op(x))
@@ -268,6 +339,25 @@ def test_mxfp8_decode(kind):
     assert_bits(found.to(expected.dtype), expected)
 
 
+@pytest.mark.parametrize("kind", ["normal", "bf16", "spread", "ties", "negative_zero"])
+def test_mxfp4_decode(kind):
+    packed, scale = OPS.mxfp4_encode(fill(kind, (33, 1024)))
+    state = {"weight_packed": packed, "weight_scale": scale}
+    expected = MXFP4PackedCompressor.decompress(state, scheme("MXFP4"))["weight"]
+    assert_bits(OPS.mxfp4_decode(packed, scale).to(expected.dtype), expected)
+
+
+@pytest.mark.parametrize("bits", INT_PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["normal", "zero", "outlier", "int_ties", "negative_zero"])
+def test_int_decode(kind, dtype, bits):
+    weight = fill(kind, (33, 1024))
+    packed, scale = OPS.int_encode(weight, bits, dtype)
+    state = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)}
+    expected = PackedQuantizationCompressor.decompress(state, scheme(INT_PRESETS[bits]))["weight"]
+    assert_bits(OPS.int_decode(packed, scale, bits).to(expected.dtype), expected)
+
+
 @pytest.mark.parametrize("kind", ["normal", "bf16", "outlier", "e4m3_ties", "negative_zero"])
 def test_fp8_decode(kind):
     codes, scale = OPS.fp8_encode(fill(kind, (33, 1024)), torch.float32)
@@ -290,11 +380,55 @@ def test_every_code_decodes_as_torch_does():
     assert_bits(powers, torch.exp2(torch.arange(-127, 128).double()).float())
 
 
-@pytest.mark.parametrize("op", ["nvfp4", "mxfp8"])
+# Worked by hand from the rules in docs/formats.md.
+
+
+def test_vectors_of_mxfp4():
+    weight = torch.zeros(4, 32)
+    weight[0, :3] = torch.tensor([6.0, -6.0, 0.5])
+    weight[1, 0] = 7.0
+    weight[2, 0] = 6.9
+    packed, scale = OPS.mxfp4_encode(weight)
+    assert scale.flatten().tolist() == [127, 128, 127, 0]
+    assert packed[:, :2].tolist() == [[0xF7, 0x01], [0x06, 0], [0x07, 0], [0, 0]]
+    assert OPS.mxfp4_decode(packed, scale)[:, 0].tolist() == [6.0, 8.0, 6.0, 0.0]
+
+
+def test_vectors_of_packed_integers():
+    weight = torch.zeros(1, 128)
+    weight[0, :10] = torch.tensor([-7.5, -7, -6, -5, -4, -3, -2, -1, 7.5, -7.5])
+    packed, scale = OPS.int_encode(weight, 4, torch.bfloat16)
+    assert scale.item() == 1.0
+    assert packed[0, :2].tolist() == [0x76543210, 0x8888880F - 2**32]
+    weight[0, :4] = torch.tensor([-127.5, -127, -126, -125])
+    packed, scale = OPS.int_encode(weight, 8, torch.bfloat16)
+    assert scale.item() == 1.0
+    assert packed[0, 0].item() == 0x03020100
+
+
+ENCODERS = {
+    "nvfp4": lambda x: OPS.nvfp4_encode(x, 1.0),
+    "mxfp8": OPS.mxfp8_encode,
+    "mxfp4": OPS.mxfp4_encode,
+    "int4": lambda x: OPS.int_encode(x, 4, torch.float32),
+    "int8": lambda x: OPS.int_encode(x, 8, torch.float32),
+}
+
+
+@pytest.mark.parametrize("op", ENCODERS)
 def test_columns_that_are_no_whole_groups_are_refused(op):
-    x = torch.ones(2, 40)
     with pytest.raises(RuntimeError, match="multiple of the group size"):
-        OPS.nvfp4_encode(x, 1.0) if op == "nvfp4" else OPS.mxfp8_encode(x)
+        ENCODERS[op](torch.ones(2, 40))
+
+
+def test_other_widths_of_integers_are_refused():
+    with pytest.raises(RuntimeError, match="bits is 5, expected 4 or 8"):
+        OPS.int_encode(torch.ones(2, 128), 5, torch.float32)
+    packed, scale = OPS.int_encode(torch.ones(2, 128), 4, torch.float32)
+    with pytest.raises(RuntimeError, match="scale has shape"):
+        OPS.int_decode(torch.cat([packed, packed], 1), scale, 4)
+    with pytest.raises(RuntimeError, match="expected rows of int32"):
+        OPS.int_decode(packed.view(torch.uint8), scale, 4)
 
 
 def test_other_dtypes_are_refused():
@@ -308,7 +442,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append((*OPS.nvfp4_encode(weight, 12.5), *OPS.mxfp8_encode(weight)))
+        results.append([tensor for encode in ENCODERS.values() for tensor in encode(weight)])
     torch.set_num_threads(threads)
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):

@@ -355,7 +355,7 @@ def arguments_of(grid: int = E2M1_GROUP16, columns: int = 32) -> dict:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("grid", 3, "grid is 3"),
+        ("grid", 6, "grid is 6"),
         ("weight", torch.zeros(32), "weight has shape"),
         ("weight", torch.zeros(2, 32, dtype=torch.float64), "weight is Double"),
         ("weight", torch.zeros(32, 2).t(), "weight must be contiguous"),
