@@ -79,6 +79,10 @@ std::vector<Unit> ToUnits(const std::vector<UnitCosts>& units, const std::vector
   return result;
 }
 
+Json LossesToJson(const PartLosses& losses) {
+  return {{"text", losses.text}, {"caption", losses.caption}, {"mtp", losses.mtp}};
+}
+
 Json FrontierPoint(const PlannedAllocation& point) {
   Json json = {
       {"bpp", point.budget.bpp}, {"target_bpp", point.budget.bpp}, {"feasible", point.feasible}};
@@ -89,7 +93,8 @@ Json FrontierPoint(const PlannedAllocation& point) {
   json["bpp"] = point.bpp;
   json["bytes"] = point.bytes;
   json["file_bytes"] = point.file_bytes;
-  json["predicted_kl"] = point.cost;
+  json["predicted_kl"] = point.losses.text;
+  json["objective"] = point.cost;
   json["formats"] = point.counts;
   return json;
 }
@@ -129,13 +134,18 @@ Result<Planner> Planner::Make(std::vector<UnitCosts> units, const PlanRules& rul
   Planner planner;
   planner.fixed_bytes_ = fixed_bytes;
   for (UnitCosts& unit : units) {
-    KeepOnly(unit, rules.formats);
+    const bool chosen = !unit.chosen.empty();
+    if (!chosen) KeepOnly(unit, rules.formats);
+    const bool counted = unit.formats.size() >= 2;
+    if (chosen) KeepOnly(unit, {unit.chosen});
     if (unit.formats.empty()) {
-      return Status::InvalidInput(fmt::format("--formats {}: none of them can hold {}",
-                                              fmt::join(rules.formats, ","), unit.name));
+      return Status::InvalidInput(
+          chosen ? fmt::format("{}: cannot be stored as {}", unit.name, unit.chosen)
+                 : fmt::format("--formats {}: none of them can hold {}",
+                               fmt::join(rules.formats, ","), unit.name));
     }
-    planner.counted_.push_back(unit.formats.size() >= 2 ? 1 : 0);
-    if (unit.formats.size() >= 2) planner.counted_weights_ += unit.weights;
+    planner.counted_.push_back(counted ? 1 : 0);
+    if (counted) planner.counted_weights_ += unit.weights;
   }
   for (const FormatRule& rule : rules.pin)
     PQ_RETURN_IF_ERROR(ApplyRule(units, rules.formats, rule, /*pin=*/true));
@@ -171,6 +181,9 @@ PlannedAllocation Planner::Describe(const std::vector<int>& choice) const {
     plan.counts[format.format] += static_cast<int64_t>(units_[i].linears.size());
     plan.bytes += format.bytes;
     plan.cost += format.cost;
+    plan.losses.text += format.losses.text;
+    plan.losses.caption += format.losses.caption;
+    plan.losses.mtp += format.losses.mtp;
     if (counted_[i]) payload += format.payload_bytes;
   }
   plan.file_bytes = fixed_bytes_ + plan.bytes;
@@ -257,7 +270,9 @@ Json PlanToJson(const PlannedAllocation& plan, const std::vector<PlannedAllocati
                {"bpp", plan.bpp},
                {"bytes", plan.bytes},
                {"file_bytes", plan.file_bytes},
-               {"predicted_kl", plan.cost},
+               {"predicted_kl", plan.losses.text},
+               {"predicted", LossesToJson(plan.losses)},
+               {"objective", plan.cost},
                {"lower_bound", plan.lower_bound},
                {"gap", plan.cost - plan.lower_bound},
                {"slack_bytes", plan.slack},

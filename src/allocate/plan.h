@@ -19,12 +19,18 @@
 
 namespace prismaquant {
 
+// Predicted losses, in nats per token of the text, of the captions, and of the MTP head.
+struct PartLosses {
+  double text = 0, caption = 0, mtp = 0;
+};
+
 // One format of a unit: sums over its Linears.
 struct UnitFormat {
   std::string format;
   int64_t bytes = 0;          // all tensors
   int64_t payload_bytes = 0;  // codes and group or channel scales: what bpp counts
-  double cost = 0;            // nats per token
+  double cost = 0;            // what the allocation minimises: the weighted sum of `losses`
+  PartLosses losses = {};
 };
 
 struct UnitCosts {
@@ -32,6 +38,8 @@ struct UnitCosts {
   std::vector<std::string> linears;
   int64_t weights = 0;
   std::vector<UnitFormat> formats;
+  // The format that it gets whatever the rules admit; empty: they decide.
+  std::string chosen = {};
 };
 
 // "REGEX=FORMAT" of --pin and --forbid: ECMAScript, searched in the names of a unit's Linears.
@@ -63,6 +71,7 @@ struct PlannedAllocation {
   int64_t bytes = 0;       // of the units, all tensors
   int64_t file_bytes = 0;  // of the whole checkpoint
   double cost = 0, lower_bound = 0, price = 0;
+  PartLosses losses;
   int64_t slack = 0;                      // in what the budget counts
   std::map<std::string, int64_t> counts;  // format -> number of Linears
   double smallest_bpp = 0;                // of a sweep: the least budget that is feasible

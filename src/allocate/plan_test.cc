@@ -20,8 +20,8 @@ constexpr int64_t kFixedBytes = 1000;
 // that bpp does not count.
 std::vector<UnitCosts> MakeUnits() {
   const auto formats = [](int64_t weights, double loss) {
-    return std::vector<UnitFormat>{{"nvfp4", weights / 2 + 8, weights / 2, loss},
-                                   {"fp8", weights, weights, loss / 10},
+    return std::vector<UnitFormat>{{"nvfp4", weights / 2 + 8, weights / 2, loss, {.text = loss}},
+                                   {"fp8", weights, weights, loss / 10, {.text = loss / 10}},
                                    {"bf16", 2 * weights, 2 * weights, 0}};
   };
   return {{"l.0.qkv_proj", {"l.0.q_proj", "l.0.k_proj"}, 16, formats(16, 1.0)},
@@ -255,6 +255,38 @@ TEST(Planner, UniformTakesTheLargestOtherFormatWhereItCannot) {
   PlanRules rules = Rules();
   rules.pin = {{"down", "bf16"}};
   EXPECT_EQ(MakePlanner(rules).Uniform("nvfp4")->choices.at("l.1.down_proj"), "bf16");
+}
+
+TEST(Planner, AChosenFormatIsTakenWhateverTheRulesAdmit) {
+  std::vector<UnitCosts> units = MakeUnits();
+  units[1].chosen = "fp8";
+  PlanRules rules = Rules();
+  rules.formats = {"nvfp4", "bf16"};
+  const PlannedAllocation plan = Planner::Make(units, rules, 0).value().Plan(Bpp(8)).value();
+  EXPECT_EQ(plan.choices.at("l.1.down_proj"), "fp8");
+  EXPECT_NE(plan.choices.at("l.0.q_proj"), "fp8");
+  EXPECT_DOUBLE_EQ(plan.bpp, 8.0 * (8 + 16) / 32) << "the chosen unit counts";
+  units[2].chosen = "nvfp4";
+  const Status refused = Planner::Make(units, rules, 0).status();
+  EXPECT_EQ(refused.message(), "l.2.odd: cannot be stored as nvfp4");
+}
+
+TEST(Planner, TheWeightedCostIsMinimisedAndThePartsAreSummed) {
+  std::vector<UnitCosts> units = MakeUnits();
+  for (UnitFormat& format : units[0].formats) {
+    format.losses = {.text = 1, .caption = 10, .mtp = 100};
+    format.cost = format.format == "fp8" ? 0 : 10;
+  }
+  const PlannedAllocation plan = Planner::Make(units, Rules(), 0).value().Plan(Bpp(6)).value();
+  EXPECT_EQ(plan.choices.at("l.0.q_proj"), "fp8");
+  EXPECT_DOUBLE_EQ(plan.cost, 3);
+  EXPECT_DOUBLE_EQ(plan.losses.text, 1 + 3);
+  EXPECT_DOUBLE_EQ(plan.losses.caption, 10);
+  EXPECT_DOUBLE_EQ(plan.losses.mtp, 100);
+  const Json json = PlanToJson(plan, {});
+  EXPECT_DOUBLE_EQ(json["predicted_kl"], 4);
+  EXPECT_DOUBLE_EQ(json["predicted"]["caption"], 10);
+  EXPECT_DOUBLE_EQ(json["objective"], 3);
 }
 
 TEST(Plan, JsonGoesOutAndComesBack) {

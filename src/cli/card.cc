@@ -7,6 +7,22 @@
 #include "export/summary.h"
 
 namespace prismaquant {
+namespace {
+
+void AddParts(const Evaluation& evaluation, ModelCard::Measurement& measured) {
+  if (evaluation.captions) {
+    measured.caption_kl = evaluation.captions->kl;
+    measured.caption_loss = evaluation.captions->loss;
+    measured.caption_loss_source = evaluation.captions->loss_source;
+  }
+  if (evaluation.drafts && evaluation.drafts->judged[0] > 0) {
+    measured.draft_acceptance = evaluation.drafts->rate(0);
+    measured.draft_acceptance_source = evaluation.drafts_source->rate(0);
+  }
+  measured.router_agreement = evaluation.router_agreement;
+}
+
+}  // namespace
 
 Result<std::string> MakeCard(const Session& session, const Delivery& delivery,
                              const Evaluation* evaluation, const std::string& text_name) {
@@ -22,11 +38,11 @@ Result<std::string> MakeCard(const Session& session, const Delivery& delivery,
   PQ_ASSIGN_OR_RETURN(card.summary,
                       SummarizePlan(session.model(), delivery.formats, delivery.plan.file_bytes));
   card.source_bytes = source.file_bytes();
-  if (delivery.predicted_kl >= 0) card.predicted = delivery.predicted_kl;
+  if (delivery.predicted.text >= 0) card.predicted = delivery.predicted.text;
   for (const PlannedAllocation& point : delivery.sweep) {
     if (!point.feasible) continue;
     card.sweep.push_back(
-        {point.bpp, point.file_bytes, point.cost, point.choices == delivery.plan.choices});
+        {point.bpp, point.file_bytes, point.losses.text, point.choices == delivery.plan.choices});
   }
   if (evaluation != nullptr) {
     card.measured = ModelCard::Measurement{text_name,
@@ -36,6 +52,7 @@ Result<std::string> MakeCard(const Session& session, const Delivery& delivery,
                                            evaluation->ppl_source,
                                            evaluation->ppl,
                                            evaluation->top1};
+    AddParts(*evaluation, *card.measured);
   }
   card.calibration =
       ModelCard::Calibration{delivery.calibration, run.at("labels"), std::stoll(run.at("samples")),

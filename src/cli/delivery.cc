@@ -23,10 +23,20 @@ Json RenderSettings(const RenderOptions& options) {
   return json;
 }
 
+// Linears that no calibration data reached: they stay in the source's format.
+Json Unmeasured(const Session& session) {
+  Json names = Json::array();
+  if (!session.calibration().captions.empty()) return names;
+  for (const LinearInfo& linear : session.model().linears()) {
+    if (linear.part == Part::kVision) names.push_back(linear.name);
+  }
+  return names;
+}
+
 Result<Json> MakeRecord(Session& session, const Delivery& delivery) {
   const std::string key = RenderKey(delivery.formats, delivery.render);
   PQ_ASSIGN_OR_RETURN(Json rendering,
-                      RenderReport(session.store(), key, session.model().config().num_layers));
+                      RenderReport(session.store(), key, session.model().num_layers()));
   Json plan = PlanToJson(delivery.plan, delivery.sweep);
   Json record = {{"schema", 1},
                  {"prismaquant", kVersion},
@@ -42,8 +52,9 @@ Result<Json> MakeRecord(Session& session, const Delivery& delivery) {
   }
   record["choices"] = Json::object();
   for (const auto& [linear, format] : delivery.formats) record["choices"][linear] = format->name();
-  if (delivery.predicted_kl >= 0) record["predicted_kl"] = delivery.predicted_kl;
-  if (delivery.joint_loss >= 0) record["predicted_kl_joint"] = delivery.joint_loss;
+  if (delivery.predicted.text >= 0) record["predicted_kl"] = delivery.predicted.text;
+  if (delivery.joint.text >= 0) record["predicted_kl_joint"] = delivery.joint.text;
+  record["unmeasured"] = Unmeasured(session);
   return record;
 }
 
@@ -106,12 +117,19 @@ Status Deliver(Session& session, const Delivery& delivery) {
   return DropRendering(session.store(), key);
 }
 
+Result<Json> RenderingRecord(const Delivery& delivery) {
+  const std::filesystem::path path = delivery.out / kRecordFile;
+  PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  PQ_ASSIGN_OR_RETURN(const Json record, ParseJson(text, path.string()));
+  return record.contains("rendering") ? record["rendering"] : Json::object();
+}
+
 Status RecordEvaluation(Session& session, const Delivery& delivery, const Evaluation& evaluation,
                         const std::string& text_name) {
   const std::filesystem::path path = delivery.out / kRecordFile;
   PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   PQ_ASSIGN_OR_RETURN(Json record, ParseJson(text, path.string()));
-  record["evaluation"] = evaluation.ToJson(delivery.predicted_kl);
+  record["evaluation"] = evaluation.ToJson(delivery.predicted.text);
   record["evaluation"]["text"] = text_name;
   PQ_ASSIGN_OR_RETURN(const std::string card, MakeCard(session, delivery, &evaluation, text_name));
   PQ_RETURN_IF_ERROR(WriteFileAtomically(FileSystem::Default(), delivery.out / "README.md", card));

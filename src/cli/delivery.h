@@ -24,10 +24,12 @@ struct Delivery {
   std::string base_model;   // name in the card; the source folder's name if empty
   std::string command;      // how to make it again, for the card
   std::string calibration;  // name of the calibration file
+  std::string images;       // name of the captions' file or folder
   PlannedAllocation plan;
   std::vector<PlannedAllocation> sweep;
-  double predicted_kl = -1;  // negative: there is no prediction
-  double joint_loss = -1;    // with the cross terms between units
+  // Of text and captions: KL. Text negative: there is no prediction.
+  PartLosses predicted = {.text = -1};
+  PartLosses joint = {.text = -1};  // with the cross terms between units
   FormatChoice formats;
   RenderOptions render;
 };
@@ -42,6 +44,9 @@ Result<bool> IsDelivered(const Session& session, const Delivery& delivery);
 // Renders and writes OUT unless it is delivered already; then drops the rendered tensors from the
 // store.
 Status Deliver(Session& session, const Delivery& delivery);
+
+// What rendering did, as it stands in OUT's record.
+Result<Json> RenderingRecord(const Delivery& delivery);
 
 // Puts measured figures into OUT's record and card.
 Status RecordEvaluation(Session& session, const Delivery& delivery, const Evaluation& evaluation,

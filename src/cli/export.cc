@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <set>
 #include <string>
 
 #include "cli/delivery.h"
@@ -18,22 +19,38 @@ struct ExportFlags {
   RenderFlags render;
 };
 
+// Flags under which the units are those of the choices.
+Result<PlanFlags> FlagsOfChoices(const Json& json, const std::string& file) {
+  PlanFlags flags;
+  flags.kernels = "any";
+  std::set<std::string> formats = {std::string(SourceFormat().name())};
+  const Json choices = json.is_object() && json.contains("choices") ? json["choices"] : Json();
+  for (const auto& [linear, format] : choices.items()) {
+    const std::string name = format.is_string() ? format.get<std::string>() : format.dump();
+    if (FindFormat(name) == nullptr) {
+      return Status::InvalidInput(
+          fmt::format("{}: {} is \"{}\", which is no format", file, linear, name));
+    }
+    formats.insert(name);
+    if (linear == "lm_head") flags.lm_head = name;
+  }
+  flags.formats.assign(formats.begin(), formats.end());
+  return flags;
+}
+
 // The plan of an edited or unedited allocation.
 Status TakeChoices(Session& session, const std::string& file, Delivery& delivery) {
   PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
   PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(text, file));
+  PQ_ASSIGN_OR_RETURN(PlanFlags all, FlagsOfChoices(json, file));
   std::vector<std::string> linears;
-  for (const LinearInfo& linear : session.model().linears()) {
-    if (linear.allocatable) linears.push_back(linear.name);
+  for (const UnitCosts& unit : UnitsWithoutCosts(session.model(), session.Rules(all))) {
+    linears.insert(linears.end(), unit.linears.begin(), unit.linears.end());
   }
   PQ_ASSIGN_OR_RETURN(const auto choices, ChoicesFromJson(json, file, linears));
-  PlanFlags all;
-  all.formats = FormatNames();
-  all.kernels = "any";
-  for (const auto& [linear, format] : choices)
-    all.pin.push_back(fmt::format("^{}$={}", linear, format));
   PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), choices));
-  PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/true));
+  PQ_ASSIGN_OR_RETURN(const Planner planner,
+                      session.MakePlanner(all, /*with_costs=*/true, &choices));
   PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(""));
   PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes,
                       ExactFileBytes(session.model(), delivery.plan.choices));
@@ -53,9 +70,9 @@ Status RunExport(const ExportFlags& flags) {
     delivery.sweep = std::move(chosen.sweep);
     PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session->model(), delivery.plan.choices));
   }
-  if (session->labels() == LabelRule::kSampled) delivery.predicted_kl = delivery.plan.cost;
-  PQ_ASSIGN_OR_RETURN(delivery.joint_loss,
-                      JointLoss(session->store(), session->loss_tokens(), delivery.plan.choices));
+  if (session->labels() == LabelRule::kSampled) delivery.predicted = delivery.plan.losses;
+  PQ_ASSIGN_OR_RETURN(delivery.joint, JointLoss(session->model(), session->store(),
+                                                session->loss_tokens(), delivery.plan.choices));
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
   PrintPlan(delivery.plan, delivery.sweep, session->labels());
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));

@@ -5,6 +5,7 @@
 
 #include "base/progress.h"
 #include "cli/command.h"
+#include "cli/tables.h"
 #include "export/summary.h"
 #include "io/checkpoint.h"
 #include "model/model.h"
@@ -17,31 +18,12 @@ struct InspectOptions {
   bool layers = false;
 };
 
-void PrintRow(const std::string& what, const std::string& format, const FormatTotals& totals) {
-  const double bits = totals.weights == 0 ? 0
-                                          : 8.0 * static_cast<double>(totals.bytes) /
-                                                static_cast<double>(totals.weights);
-  fmt::print("{:<20} {:<8} {:>8} {:>16} {:>16} {:>8.4f}\n", what, format, totals.linears,
-             totals.weights, totals.bytes, bits);
-}
-
-void PrintParts(const CheckpointSummary& summary) {
-  fmt::print("{:<20} {:<8} {:>8} {:>16} {:>16} {:>8}\n", "part", "format", "Linears", "weights",
-             "bytes", "bits");
-  for (const auto& [part, content] : summary.parts) {
-    for (const auto& [format, totals] : content.formats)
-      PrintRow(std::string(PartName(part)), format, totals);
-    if (content.other_parameters == 0) continue;
-    PrintRow(std::string(PartName(part)), "other",
-             {0, content.other_parameters, content.other_bytes, 0});
-  }
-}
-
 void PrintLayers(const CheckpointSummary& summary) {
   fmt::print("\n{:<20} {:<8} {:>8} {:>16} {:>16} {:>8}\n", "layer", "format", "Linears", "weights",
              "bytes", "bits");
   for (const auto& [layer, formats] : summary.layers) {
-    for (const auto& [format, totals] : formats) PrintRow(std::to_string(layer), format, totals);
+    for (const auto& [format, totals] : formats)
+      PrintFormatRow(std::to_string(layer), format, totals);
   }
 }
 

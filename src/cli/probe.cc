@@ -4,25 +4,31 @@
 #include <string>
 
 #include "cli/session.h"
+#include "cli/tables.h"
 
 namespace prismaquant {
 namespace {
 
 struct ProbeFlags {
   std::string source, work, json;
+  std::vector<std::string> formats;
   CalibrationFlags calibration;
 };
 
 Status RunProbeCommand(const ProbeFlags& flags) {
   PQ_ASSIGN_OR_RETURN(const auto session,
                       Session::Start(flags.source, flags.work, flags.calibration));
-  PQ_RETURN_IF_ERROR(session->Probe());
+  PQ_RETURN_IF_ERROR(session->Probe(flags.formats));
   PQ_ASSIGN_OR_RETURN(const Json json,
                       ProbeToJson(session->model(), session->store(), session->loss_tokens()));
   if (flags.json != "-") {
-    fmt::print("{} Linears probed on {} tokens in {}, peak memory {}\n", json["linears"].size(),
-               session->loss_tokens(), FormatSeconds(session->times().front().seconds),
-               FormatBytes(PeakMemoryBytes()));
+    const LossTokens tokens = session->loss_tokens();
+    fmt::print(
+        "{} Linears probed on {} tokens of text, {} of captions and {} of the MTP head in {}, peak "
+        "memory {}\n",
+        json["linears"].size(), tokens.text, tokens.caption, tokens.mtp,
+        FormatSeconds(session->times().front().seconds), FormatBytes(PeakMemoryBytes()));
+    PQ_RETURN_IF_ERROR(PrintHeadCosts(*session));
   }
   return WriteJson(json, flags.json);
 }
@@ -36,6 +42,11 @@ Command AddProbeCommand(CLI::App& app) {
   command->add_option("SRC", flags->source, "Source checkpoint folder")->required();
   command->add_option("--work", flags->work, "Run store folder")->required();
   flags->calibration.Register(*command, /*file_required=*/true);
+  command
+      ->add_option("--formats", flags->formats,
+                   "Formats to price beside nvfp4, fp8, mxfp8 and bf16, which always are")
+      ->delimiter(',')
+      ->check(CLI::IsMember(FormatNames()));
   command->add_option("--json", flags->json, "Write the statistics as JSON; - is standard output");
   return {command, [flags] { return RunProbeCommand(*flags); }};
 }

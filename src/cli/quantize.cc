@@ -32,6 +32,10 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
       "prismaquant quantize SRC OUT --calibration {} --samples {} --tokens {} --seed {}",
       name(flags.calibration.file), flags.calibration.samples, flags.calibration.tokens,
       flags.calibration.seed);
+  if (!flags.calibration.images.empty()) {
+    text += fmt::format(" --images {} --image-samples {}", name(flags.calibration.images),
+                        flags.calibration.image_samples);
+  }
   if (!flags.uniform.empty()) text += " --uniform " + flags.uniform;
   if (flags.plan.bpp > 0) text += fmt::format(" --bpp {}", flags.plan.bpp);
   if (!flags.plan.size.empty()) text += " --size " + flags.plan.size;
@@ -44,6 +48,11 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
   for (const std::string& rule : flags.plan.forbid) text += fmt::format(" --forbid '{}'", rule);
   if (flags.plan.kernels != "vllm") text += " --kernels " + flags.plan.kernels;
   if (!flags.plan.cost.empty()) text += " --cost " + flags.plan.cost;
+  if (flags.plan.caption_weight != PartWeights().caption)
+    text += fmt::format(" --caption-weight {}", flags.plan.caption_weight);
+  if (flags.plan.mtp_weight != PartWeights().mtp)
+    text += fmt::format(" --mtp-weight {}", flags.plan.mtp_weight);
+  if (flags.plan.lm_head != "bf16") text += " --lm-head " + flags.plan.lm_head;
   if (!flags.plan.preset.empty()) text += " --preset " + flags.plan.preset;
   if (flags.calibration.labels != "sampled") text += " --labels " + flags.calibration.labels;
   if (flags.calibration.precision != "auto") text += " --precision " + flags.calibration.precision;
@@ -68,9 +77,9 @@ Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
     PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(session.model(), planner, flags.plan));
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
-    if (session.labels() == LabelRule::kSampled) delivery.predicted_kl = delivery.plan.cost;
-    PQ_ASSIGN_OR_RETURN(delivery.joint_loss,
-                        JointLoss(session.store(), session.loss_tokens(), delivery.plan.choices));
+    if (session.labels() == LabelRule::kSampled) delivery.predicted = delivery.plan.losses;
+    PQ_ASSIGN_OR_RETURN(delivery.joint, JointLoss(session.model(), session.store(),
+                                                  session.loss_tokens(), delivery.plan.choices));
   }
   PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), delivery.plan.choices));
   return {};
@@ -85,14 +94,14 @@ Result<TokenWindows> HeldOut(const QuantizeFlags& flags, const Session& session)
                         session.model().config().vocab_size, flags.eval_tokens, kEvaluationWindow);
 }
 
-Status Measure(const TokenWindows& windows, const QuantizeFlags& flags, Session& session,
+Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& session,
                const Delivery& delivery, Json& json) {
   Evaluation evaluation;
   PQ_RETURN_IF_ERROR(session.Timed("evaluate", [&]() -> Status {
     PQ_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(delivery.out));
     PQ_ASSIGN_OR_RETURN(const auto quantized, Model::Open(checkpoint));
     PQ_ASSIGN_OR_RETURN(evaluation,
-                        Evaluate(session.model(), *quantized, windows, {.dtype = at::kFloat}));
+                        Evaluate(session.model(), *quantized, data, {.dtype = at::kFloat}));
     return {};
   }));
   const bool own = flags.eval_text.empty();
@@ -100,8 +109,8 @@ Status Measure(const TokenWindows& windows, const QuantizeFlags& flags, Session&
       std::filesystem::path(own ? flags.calibration.file : flags.eval_text).filename().string();
   PQ_RETURN_IF_ERROR(
       RecordEvaluation(session, delivery, evaluation, own ? name + ", last tenth" : name));
-  PrintEvaluation(evaluation, delivery.predicted_kl);
-  json["evaluation"] = evaluation.ToJson(delivery.predicted_kl);
+  PrintEvaluation(evaluation, delivery.predicted);
+  json["evaluation"] = evaluation.ToJson(delivery.predicted.text);
   return {};
 }
 
@@ -111,13 +120,23 @@ Json TimesToJson(const std::vector<StageTime>& times) {
   return json;
 }
 
-void PrintResult(const Session& session, const Delivery& delivery) {
+Status PrintResult(const Session& session, const Delivery& delivery) {
+  PQ_ASSIGN_OR_RETURN(const Json rendering, RenderingRecord(delivery));
+  PQ_ASSIGN_OR_RETURN(const CheckpointSummary summary,
+                      SummarizePlan(session.model(), delivery.formats, delivery.plan.file_bytes));
+  PrintExperts(session.model(), rendering);
+  PrintParts(summary);
+  if (session.model().vision() != nullptr && session.calibration().captions.empty()) {
+    fmt::print("{:<22} the vision tower's Linears saw no image and stay bf16; see --images\n",
+               "unmeasured");
+  }
   const int64_t parameters = session.checkpoint().parameters();
   fmt::print("{:<22} {}\n", "written", delivery.out.string());
   fmt::print("{:<22} {:.6f} (slack {} bytes)\n", "bpp", delivery.plan.bpp, delivery.plan.slack);
   fmt::print("{:<22} {:.4f}\n", "file bpp",
              8.0 * static_cast<double>(delivery.plan.file_bytes) / static_cast<double>(parameters));
   fmt::print("{:<22} {}\n", "Linears", FormatCounts(delivery.plan.counts));
+  return {};
 }
 
 Status RunQuantize(const QuantizeFlags& flags) {
@@ -129,9 +148,10 @@ Status RunQuantize(const QuantizeFlags& flags) {
         fmt::format("{}: exists already; --overwrite replaces it", flags.out));
   }
   PQ_ASSIGN_OR_RETURN(const auto session, Session::Start(flags.source, work, flags.calibration));
-  TokenWindows held_out;
+  Calibration held_out;
   if (!flags.no_eval) {
-    PQ_ASSIGN_OR_RETURN(held_out, HeldOut(flags, *session));
+    PQ_ASSIGN_OR_RETURN(held_out.text, HeldOut(flags, *session));
+    held_out.captions = session->held_out_captions();
   }
   Delivery delivery{
       .out = flags.out,
@@ -141,7 +161,8 @@ Status RunQuantize(const QuantizeFlags& flags) {
       .calibration = std::filesystem::path(flags.calibration.file).filename().string()};
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
   if (flags.uniform.empty()) {
-    PQ_RETURN_IF_ERROR(session->Probe());
+    PQ_RETURN_IF_ERROR(session->Probe(AdmittedFormats(flags.plan)));
+    if (flags.json != "-") PQ_RETURN_IF_ERROR(PrintHeadCosts(*session));
   } else {
     delivery.render.guided = false;
   }
@@ -149,7 +170,7 @@ Status RunQuantize(const QuantizeFlags& flags) {
   if (flags.json != "-") PrintPlan(delivery.plan, delivery.sweep, session->labels());
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));
   Json json = PlanToJson(delivery.plan, delivery.sweep);
-  if (flags.json != "-") PrintResult(*session, delivery);
+  if (flags.json != "-") PQ_RETURN_IF_ERROR(PrintResult(*session, delivery));
   if (!flags.no_eval) PQ_RETURN_IF_ERROR(Measure(held_out, flags, *session, delivery, json));
   if (flags.json != "-") PrintTimes(session->times());
   json["seconds"] = TimesToJson(session->times());

@@ -8,15 +8,22 @@
 #include <cmath>
 #include <utility>
 
+#include "cli/calibration_store.h"
 #include "export/exporter.h"
-#include "formats/tensor_bytes.h"
 
 namespace prismaquant {
 namespace {
 
 constexpr double kDefaultBpp = 5.5;
-constexpr char kCalibrationBlob[] = "calibration";
 constexpr char kSourceNote[] = "source";
+// One captioned image in this many is kept for measuring.
+constexpr size_t kHeldOutImages = 4;
+
+// Priced by every probe, so that the usual choices need no further one.
+const std::vector<std::string>& DefaultPriced() {
+  static const std::vector<std::string> formats = {"nvfp4", "fp8", "mxfp8", "bf16"};
+  return formats;
+}
 
 const std::vector<double>& DefaultSweep() {
   static const std::vector<double> sweep = {4.5, 4.75, 5, 5.25, 5.5, 6, 7, 8.25};
@@ -29,25 +36,6 @@ bool HasNativeBf16() {
 #else
   return false;
 #endif
-}
-
-Status StoreWindows(RunStore& store, const TokenWindows& windows) {
-  std::vector<int32_t> ids;
-  for (const auto& window : windows.windows) ids.insert(ids.end(), window.begin(), window.end());
-  const TensorSpec spec{"ids", DType::kI32, {windows.count(), windows.length()}};
-  return store.PutBlob(kCalibrationBlob, {{spec, std::as_bytes(std::span(ids))}});
-}
-
-Result<TokenWindows> LoadWindows(const RunStore& store, const std::string& fingerprint) {
-  PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store.Blob(kCalibrationBlob));
-  const at::Tensor ids = TensorFromView(file.tensors().front());
-  TokenWindows windows;
-  windows.fingerprint = fingerprint;
-  for (int64_t n = 0; n < ids.size(0); ++n) {
-    const int32_t* row = ids.const_data_ptr<int32_t>() + n * ids.size(1);
-    windows.windows.emplace_back(row, row + ids.size(1));
-  }
-  return windows;
 }
 
 std::string PrecisionName(at::ScalarType type) {
@@ -71,6 +59,13 @@ void CalibrationFlags::Register(CLI::App& command, bool file_required) {
       ->capture_default_str();
   command.add_option("--tokens", tokens, "Tokens per sequence")
       ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  command.add_option("--images", images,
+                     "Captioned images: a folder, or .jsonl with image and text; without them the "
+                     "vision tower stays as it is");
+  command
+      .add_option("--image-samples", image_samples, "Images to take, evenly spread; 0 takes all")
+      ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
   command.add_option("--seed", seed, "Draws the windows and the labels")->capture_default_str();
   command
@@ -112,6 +107,25 @@ void PlanFlags::Register(CLI::App& command) {
       .add_option("--preset", preset,
                   "published: formats nvfp4,mxfp8,bf16 and the fisher-trace cost")
       ->check(CLI::IsMember({"published"}));
+  command
+      .add_option("--caption-weight", caption_weight,
+                  "What a nat of the captions' loss counts beside one of the text's")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      .add_option("--mtp-weight", mtp_weight,
+                  "What a nat of the MTP head's own loss counts beside one of the text's")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--lm-head", lm_head, "Format of the output projection")
+      ->check(CLI::IsMember({"bf16", "fp8", "nvfp4"}))
+      ->capture_default_str();
+}
+
+std::vector<std::string> AdmittedFormats(const PlanFlags& flags) {
+  if (!flags.formats.empty()) return flags.formats;
+  if (flags.preset == "published") return {"nvfp4", "mxfp8", "bf16"};
+  return {"nvfp4", "fp8", "bf16"};
 }
 
 void RenderFlags::Register(CLI::App& command) {
@@ -144,30 +158,47 @@ Status Session::OpenSource(const std::filesystem::path& source) {
   return {};
 }
 
+Status Session::ReadCalibration(const CalibrationFlags& flags) {
+  const std::filesystem::path& folder = checkpoint_->folder();
+  const CalibrationOptions options{
+      .file = flags.file, .samples = flags.samples, .tokens = flags.tokens, .seed = flags.seed};
+  PQ_ASSIGN_OR_RETURN(calibration_.text,
+                      SampleCalibration(options, *tokenizer_, folder, model_->config().vocab_size));
+  if (flags.images.empty()) return {};
+  PQ_ASSIGN_OR_RETURN(std::vector<CaptionSequence> captions,
+                      LoadModelCaptions(*model_, *tokenizer_, flags.images, flags.image_samples));
+  const bool hold_out = captions.size() >= kHeldOutImages;
+  for (size_t i = 0; i < captions.size(); ++i) {
+    const bool held_out = hold_out && i % kHeldOutImages == kHeldOutImages - 1;
+    (held_out ? held_out_captions_ : calibration_.captions).push_back(std::move(captions[i]));
+  }
+  return {};
+}
+
 Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& source,
                                                 const std::filesystem::path& work,
                                                 const CalibrationFlags& flags) {
   if (flags.threads > 0) at::set_num_threads(flags.threads);
   std::unique_ptr<Session> session(new Session());
   PQ_RETURN_IF_ERROR(session->OpenSource(source));
-  const CalibrationOptions calibration{
-      .file = flags.file, .samples = flags.samples, .tokens = flags.tokens, .seed = flags.seed};
-  PQ_ASSIGN_OR_RETURN(session->windows_,
-                      SampleCalibration(calibration, *session->tokenizer_, source,
-                                        session->model_->config().vocab_size));
+  PQ_RETURN_IF_ERROR(session->ReadCalibration(flags));
   session->compute_.dtype = ComputeType(flags.precision, session->model_->linears().front().dtype);
   PQ_ASSIGN_OR_RETURN(const std::string fingerprint, session->checkpoint_->Fingerprint());
+  const Calibration& calibration = session->calibration_;
   session->identity_ = {{"source", fingerprint},
-                        {"calibration", session->windows_.fingerprint},
+                        {"calibration", calibration.text.fingerprint},
                         {"samples", std::to_string(flags.samples)},
                         {"tokens", std::to_string(flags.tokens)},
                         {"seed", std::to_string(flags.seed)},
                         {"labels", flags.labels},
                         {"precision", PrecisionName(session->compute_.dtype)}};
+  if (!calibration.captions.empty()) {
+    session->identity_["images"] = CaptionsFingerprint(calibration.captions);
+  }
   PQ_ASSIGN_OR_RETURN(RunStore store, RunStore::Open(FileSystem::Default(), work));
   session->store_ = std::make_unique<RunStore>(std::move(store));
   PQ_RETURN_IF_ERROR(session->store_->Bind(session->identity_));
-  PQ_RETURN_IF_ERROR(StoreWindows(*session->store_, session->windows_));
+  PQ_RETURN_IF_ERROR(StoreCalibration(*session->store_, calibration));
   PQ_RETURN_IF_ERROR(
       session->store_->PutNote(kSourceNote, std::filesystem::absolute(source).string()));
   return session;
@@ -189,8 +220,7 @@ Result<std::unique_ptr<Session>> Session::Resume(const std::filesystem::path& wo
     return Status::InvalidInput(
         fmt::format("{}: has changed since the run store {} was made", *source, work.string()));
   }
-  PQ_ASSIGN_OR_RETURN(session->windows_,
-                      LoadWindows(*session->store_, session->identity_["calibration"]));
+  PQ_ASSIGN_OR_RETURN(session->calibration_, LoadCalibration(*session->store_, session->identity_));
   session->compute_.dtype = session->identity_["precision"] == "bf16" ? at::kBFloat16 : at::kFloat;
   return session;
 }
@@ -208,20 +238,60 @@ Status Session::Timed(const std::string& stage, const std::function<Status()>& b
   return {};
 }
 
-Status Session::Probe() {
-  const ProbeOptions options{
+Status Session::Probe(const std::vector<std::string>& formats) {
+  ProbeOptions options{
       .labels = labels(), .seed = std::stoull(identity_.at("seed")), .compute = compute_};
-  return Timed("probe", [&] { return RunProbe(*model_, windows_, options, *store_); });
+  std::vector<std::string> names = DefaultPriced();
+  names.insert(names.end(), formats.begin(), formats.end());
+  for (const Format* format : AllFormats()) {
+    if (std::find(names.begin(), names.end(), format->name()) != names.end()) {
+      options.formats.push_back(format);
+    }
+  }
+  return Timed("probe", [&] { return RunProbe(*model_, calibration_, options, *store_); });
 }
 
-Result<Planner> Session::MakePlanner(const PlanFlags& flags, bool with_costs) {
-  const bool published = flags.preset == "published";
-  PlanRules rules;
-  rules.formats = flags.formats;
-  if (rules.formats.empty()) {
-    rules.formats = published ? std::vector<std::string>{"nvfp4", "mxfp8", "bf16"}
-                              : std::vector<std::string>{"nvfp4", "fp8", "bf16"};
+UnitRules Session::Rules(const PlanFlags& flags) const {
+  UnitRules rules{.any_kernel = flags.kernels == "any",
+                  .vision = !calibration_.captions.empty(),
+                  .formats = AdmittedFormats(flags)};
+  const bool quantizes_head = flags.lm_head != SourceFormat().name();
+  if (quantizes_head && model_->FindPart(Part::kHead) != nullptr) {
+    rules.head = FindFormat(flags.lm_head);
   }
+  return rules;
+}
+
+Result<int64_t> Session::FixedBytes(const std::vector<UnitCosts>& units) const {
+  // The largest header that any choice could have.
+  const Format* nvfp4 = FindFormat("nvfp4");
+  std::map<std::string, bool> in_unit;
+  for (const UnitCosts& unit : units) {
+    for (const std::string& linear : unit.linears) in_unit[linear] = true;
+  }
+  int64_t unit_bytes = 0;
+  FormatChoice choice;
+  for (const LinearInfo& linear : model_->linears()) {
+    const bool chosen = in_unit.count(linear.name) > 0;
+    const bool fits = chosen && nvfp4->Supports(linear.out, linear.in);
+    const Format* format = fits ? nvfp4 : &SourceFormat();
+    choice[linear.name] = format;
+    if (chosen) unit_bytes += format->Bytes(linear.out, linear.in, linear.dtype);
+  }
+  PQ_ASSIGN_OR_RETURN(const int64_t file_bytes,
+                      PlannedFileBytes(*model_, choice, CheckpointWriter::Options()));
+  return file_bytes - unit_bytes;
+}
+
+Result<Planner> Session::MakePlanner(const PlanFlags& flags, bool with_costs,
+                                     const std::map<std::string, std::string>* choices) {
+  if (flags.lm_head != SourceFormat().name() && model_->FindPart(Part::kHead) == nullptr) {
+    return Status::InvalidInput(fmt::format(
+        "--lm-head {}: the output projection of {} is its embedding table, which stays whole",
+        flags.lm_head, checkpoint_->folder().string()));
+  }
+  const bool published = flags.preset == "published";
+  PlanRules rules{.formats = AdmittedFormats(flags)};
   for (const std::string& text : flags.pin) {
     PQ_ASSIGN_OR_RETURN(FormatRule rule, ParseFormatRule("--pin", text));
     rules.pin.push_back(std::move(rule));
@@ -230,33 +300,26 @@ Result<Planner> Session::MakePlanner(const PlanFlags& flags, bool with_costs) {
     PQ_ASSIGN_OR_RETURN(FormatRule rule, ParseFormatRule("--forbid", text));
     rules.forbid.push_back(std::move(rule));
   }
-  const bool any_kernel = flags.kernels == "any";
   const std::string cost = flags.cost.empty() && published ? "fisher-trace" : flags.cost;
-  std::vector<UnitCosts> units = UnitsWithoutCosts(*model_, any_kernel);
+  std::vector<UnitCosts> units = UnitsWithoutCosts(*model_, Rules(flags));
   if (with_costs) {
     const UnitCostOptions options{
         .cost = cost == "fisher-trace" ? CostModel::kFisherTrace : CostModel::kDirectional,
-        .any_kernel = any_kernel};
+        .weights = {.caption = flags.caption_weight, .mtp = flags.mtp_weight},
+        .rules = Rules(flags)};
     PQ_ASSIGN_OR_RETURN(units, BuildUnitCosts(*model_, *store_, loss_tokens(), options));
   }
-  int64_t unit_bytes = 0;
-  FormatChoice largest_header;
-  for (const LinearInfo& linear : model_->linears()) {
-    const Format* nvfp4 = FindFormat("nvfp4");
-    const bool fits = linear.allocatable && nvfp4->Supports(linear.out, linear.in);
-    largest_header[linear.name] = fits ? nvfp4 : &SourceFormat();
-    if (linear.allocatable)
-      unit_bytes += (fits ? nvfp4 : &SourceFormat())->Bytes(linear.out, linear.in, linear.dtype);
+  if (choices != nullptr) {
+    for (UnitCosts& unit : units) unit.chosen = choices->at(unit.linears.front());
   }
-  PQ_ASSIGN_OR_RETURN(const int64_t file_bytes,
-                      PlannedFileBytes(*model_, largest_header, CheckpointWriter::Options()));
-  return Planner::Make(std::move(units), rules, file_bytes - unit_bytes);
+  PQ_ASSIGN_OR_RETURN(const int64_t fixed_bytes, FixedBytes(units));
+  return Planner::Make(std::move(units), rules, fixed_bytes);
 }
 
 Status Session::Render(const FormatChoice& formats, const RenderOptions& options,
                        const std::string& key) {
   return Timed("render",
-               [&] { return RenderModel(*model_, windows_, formats, options, key, *store_); });
+               [&] { return RenderModel(*model_, calibration_, formats, options, key, *store_); });
 }
 
 Result<int64_t> ExactFileBytes(const Model& model,

@@ -34,6 +34,8 @@ std::vector<std::string> FormatNames();
 struct CalibrationFlags {
   std::string file;
   int64_t samples = 32, tokens = 512;
+  std::string images;
+  int64_t image_samples = 32;
   uint64_t seed = 0;
   std::string labels = "sampled";
   std::string precision = "auto";
@@ -50,9 +52,14 @@ struct PlanFlags {
   std::vector<std::string> formats;
   std::vector<std::string> pin, forbid;
   std::string kernels = "vllm", cost, preset;
+  double caption_weight = PartWeights().caption, mtp_weight = PartWeights().mtp;
+  std::string lm_head = "bf16";
 
   void Register(CLI::App& command);
 };
+
+// Formats that a plan with these flags may choose from.
+std::vector<std::string> AdmittedFormats(const PlanFlags& flags);
 
 struct RenderFlags {
   std::string mode = "gptq";
@@ -78,17 +85,23 @@ class Session {
   const Checkpoint& checkpoint() const { return *checkpoint_; }
   const Model& model() const { return *model_; }
   const Tokenizer& tokenizer() const { return *tokenizer_; }
-  const TokenWindows& windows() const { return windows_; }
+  const Calibration& calibration() const { return calibration_; }
+  // Captions that calibration was kept from: one image in four, if there are so many.
+  const std::vector<CaptionSequence>& held_out_captions() const { return held_out_captions_; }
   RunStore& store() { return *store_; }
   const std::map<std::string, std::string>& identity() const { return identity_; }
   LabelRule labels() const;
-  int64_t loss_tokens() const { return LossTokens(windows_, labels()); }
+  LossTokens loss_tokens() const { return CountLossTokens(*model_, calibration_, labels()); }
   const ComputeOptions& compute() const { return compute_; }
   const std::vector<StageTime>& times() const { return times_; }
 
-  // The stages. Each reuses what the store holds.
-  Status Probe();
-  Result<Planner> MakePlanner(const PlanFlags& flags, bool with_costs);
+  // The stages. Each reuses what the store holds. The probe prices the default formats and these.
+  Status Probe(const std::vector<std::string>& formats);
+  // Units by the flags; `choices`, if not null, gives every one of their Linears its format.
+  Result<Planner> MakePlanner(const PlanFlags& flags, bool with_costs,
+                              const std::map<std::string, std::string>* choices = nullptr);
+  // Which Linears are allocated, and among which formats.
+  UnitRules Rules(const PlanFlags& flags) const;
   Status Render(const FormatChoice& formats, const RenderOptions& options, const std::string& key);
   // Runs `body` and remembers how long it took.
   Status Timed(const std::string& stage, const std::function<Status()>& body);
@@ -96,11 +109,15 @@ class Session {
  private:
   Session() = default;
   Status OpenSource(const std::filesystem::path& source);
+  Status ReadCalibration(const CalibrationFlags& flags);
+  // Bytes of the checkpoint's files outside these units.
+  Result<int64_t> FixedBytes(const std::vector<UnitCosts>& units) const;
 
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Model> model_;
   std::unique_ptr<Tokenizer> tokenizer_;
-  TokenWindows windows_;
+  Calibration calibration_;
+  std::vector<CaptionSequence> held_out_captions_;
   std::unique_ptr<RunStore> store_;
   std::map<std::string, std::string> identity_;
   ComputeOptions compute_;

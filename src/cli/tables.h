@@ -8,7 +8,9 @@
 
 #include "allocate/plan.h"
 #include "base/progress.h"
+#include "cli/session.h"
 #include "evaluate/evaluate.h"
+#include "export/summary.h"
 #include "probe/probe.h"
 
 namespace prismaquant {
@@ -20,8 +22,21 @@ std::string FormatCounts(const std::map<std::string, int64_t>& counts);
 void PrintPlan(const PlannedAllocation& plan, const std::vector<PlannedAllocation>& sweep,
                LabelRule labels);
 
-// Measured figures; `predicted` nats per token are put beside the KL unless negative.
-void PrintEvaluation(const Evaluation& evaluation, double predicted);
+// Linears, weights and bytes by part and format.
+void PrintParts(const CheckpointSummary& summary);
+// One row of it: `what` is a part or a layer.
+void PrintFormatRow(const std::string& what, const std::string& format, const FormatTotals& totals);
+
+// What the output projection would cost in other formats, as the probe found; that it is tied if it
+// is.
+Status PrintHeadCosts(Session& session);
+
+// Of a mixture of experts: per layer, how many tokens its experts were rounded for, and how many of
+// them were rounded without their inputs because they saw too few. `rendering` as RenderReport.
+void PrintExperts(const Model& model, const Json& rendering);
+
+// Measured figures; `predicted` nats per token are put beside the KL unless text is negative.
+void PrintEvaluation(const Evaluation& evaluation, const PartLosses& predicted);
 
 void PrintTimes(const std::vector<StageTime>& times);
 

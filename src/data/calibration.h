@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_DATA_CALIBRATION_H_
 #define PRISMAQUANT_DATA_CALIBRATION_H_
 
-// Calibration data: windows of T tokens taken deterministically from a text file. The last tenth of
-// the file is never sampled from, so that it can serve as held-out text.
+// Calibration data: windows of T tokens taken deterministically from a text file, and captioned
+// images. The last tenth of the text is never sampled from, so that it can serve as held-out text.
 
 #include <cstdint>
 #include <filesystem>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "data/captions.h"
 #include "tokenizer/tokenizer.h"
 
 namespace prismaquant {
@@ -29,6 +30,22 @@ struct TokenWindows {
   int64_t count() const { return static_cast<int64_t>(windows.size()); }
   int64_t length() const {
     return windows.empty() ? 0 : static_cast<int64_t>(windows.front().size());
+  }
+};
+
+// All sequences, numbered through: the windows first, then the captions.
+struct Calibration {
+  TokenWindows text;
+  std::vector<CaptionSequence> captions = {};
+
+  int64_t count() const { return text.count() + static_cast<int64_t>(captions.size()); }
+  bool IsCaption(int64_t sequence) const { return sequence >= text.count(); }
+  const CaptionSequence& caption(int64_t sequence) const {
+    return captions[static_cast<size_t>(sequence - text.count())];
+  }
+  const std::vector<int32_t>& ids(int64_t sequence) const {
+    return IsCaption(sequence) ? caption(sequence).ids
+                               : text.windows[static_cast<size_t>(sequence)];
   }
 };
 

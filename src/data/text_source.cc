@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/json.h"
+#include "data/chat_template.h"
 #include "io/file_system.h"
 
 namespace prismaquant {
@@ -16,23 +17,6 @@ constexpr char kRenderingHint[] =
     "tok = transformers.AutoTokenizer.from_pretrained(MODEL); "
     "print(json.dumps({\"input_ids\": tok.apply_chat_template(record[\"messages\"], "
     "tokenize=True)})) per record";
-
-Result<bool> HasChatMlTemplate(const std::filesystem::path& folder) {
-  std::string text;
-  std::error_code error;
-  for (const char* name : {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}) {
-    if (!std::filesystem::exists(folder / name, error)) continue;
-    PQ_ASSIGN_OR_RETURN(const std::string contents, ReadFile(folder / name));
-    if (std::string(name) != "tokenizer_config.json") {
-      text += contents;
-      continue;
-    }
-    PQ_ASSIGN_OR_RETURN(const Json config, ParseJson(contents, (folder / name).string()));
-    if (config.contains("chat_template")) text += config["chat_template"].dump();
-  }
-  return text.find("<|im_start|>") != std::string::npos &&
-         text.find("<|im_end|>") != std::string::npos;
-}
 
 // Cuts after each run of blank lines, so that the documents joined are the text again.
 std::vector<TextDocument> SplitAtBlankLines(const std::string& text) {
@@ -94,7 +78,8 @@ class JsonLinesReader {
     }
     if (json.is_object() && json.contains("messages") && json["messages"].is_array()) {
       if (!template_read_) {
-        PQ_ASSIGN_OR_RETURN(chat_ml_, HasChatMlTemplate(folder_));
+        PQ_ASSIGN_OR_RETURN(const ChatTemplate chat, ChatTemplate::Read(folder_));
+        chat_ml_ = chat.chat_ml;
         template_read_ = true;
       }
       if (!chat_ml_) return Status::InvalidInput(fmt::format("{}: {}", where, kRenderingHint));

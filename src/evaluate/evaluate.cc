@@ -7,9 +7,10 @@
 #include <cmath>
 #include <memory>
 #include <numeric>
+#include <utility>
 
 #include "base/progress.h"
-#include "evaluate/quantized_linears.h"
+#include "evaluate/forward.h"
 #include "formats/torch_guard.h"
 
 namespace prismaquant {
@@ -21,62 +22,56 @@ at::Tensor WindowIds(const std::vector<int32_t>& window) {
   return at::tensor(std::vector<int64_t>(window.begin(), window.end()));
 }
 
-// The last layer's output [windows, tokens, hidden_size].
-Result<at::Tensor> ForwardHidden(const Model& model, const TokenWindows& windows,
-                                 const ComputeOptions& compute, const std::string& title) {
-  const auto layers = static_cast<int>(model.config().num_layers);
-  std::vector<at::Tensor> hidden;
-  for (const auto& window : windows.windows) {
-    PQ_ASSIGN_OR_RETURN(at::Tensor embedded, model.Embed(WindowIds(window).unsqueeze(0), compute));
-    hidden.push_back(std::move(embedded));
-  }
-  const SequenceContext context = model.Context(windows.length(), compute);
-  Progress progress(title, layers, "layers");
-  for (int layer = 0; layer < layers; ++layer) {
-    PQ_ASSIGN_OR_RETURN(const auto block, model.LoadLayer(layer, compute));
-    PQ_ASSIGN_OR_RETURN(const auto linears, QuantizedLinears::Load(model, layer, compute));
-    model.checkpoint().WillNeed(model.LayerTensors(layer + 1));
-    for (at::Tensor& h : hidden) h = RunLayer(*block, context, h, *linears);
-    progress.Advance();
-  }
-  return at::cat(hidden);
-}
-
-// Sums over the scored positions of one window.
-struct WindowSums {
+// Sums over the scored positions of one sequence.
+struct Sums {
   double kl = 0, nll_source = 0, nll = 0;
-  int64_t agree = 0, positions = 0;
+  int64_t agree = 0, right_source = 0, right = 0, positions = 0;
+
+  void Add(const Sums& other) {
+    kl += other.kl;
+    nll_source += other.nll_source;
+    nll += other.nll;
+    agree += other.agree;
+    right_source += other.right_source;
+    right += other.right;
+    positions += other.positions;
+  }
+  double Mean(double sum) const { return sum / static_cast<double>(positions); }
+  double Share(int64_t count) const { return Mean(static_cast<double>(count)); }
 };
 
 at::Tensor LogProbs(const OutputHead& head, const at::Tensor& hidden) {
   return at::log_softmax(head.Logits(hidden).to(at::kFloat), -1);
 }
 
-WindowSums ScoreWindow(const OutputHead& source_head, const OutputHead& head,
-                       const at::Tensor& source_hidden, const at::Tensor& hidden,
-                       const std::vector<int32_t>& window, TokenLogProbs& log_probs) {
-  WindowSums sums;
-  const at::Tensor next =
-      WindowIds(window).narrow(0, 1, static_cast<int64_t>(window.size()) - 1).unsqueeze(1);
-  const int64_t positions = next.size(0);
+// Scores the predictions of ids[first_label ..]; hidden states [tokens, hidden_size].
+Sums ScoreSequence(const OutputHead& source_head, const OutputHead& head,
+                   const at::Tensor& source_hidden, const at::Tensor& hidden,
+                   const std::vector<int32_t>& ids, int64_t first_label, TokenLogProbs& log_probs) {
+  Sums sums;
+  const at::Tensor next = WindowIds(ids).unsqueeze(1);
+  const auto end = static_cast<int64_t>(ids.size()) - 1;
   const int64_t block = std::clamp<int64_t>(kBlockElements / head.vocab_size(), 1, 512);
-  for (int64_t first = 0; first < positions; first += block) {
-    const int64_t count = std::min(block, positions - first);
+  for (int64_t first = first_label - 1; first < end; first += block) {
+    const int64_t count = std::min(block, end - first);
     const at::Tensor p = LogProbs(source_head, source_hidden.narrow(0, first, count));
     const at::Tensor q = LogProbs(head, hidden.narrow(0, first, count));
-    const at::Tensor label = next.narrow(0, first, count);
+    const at::Tensor label = next.narrow(0, first + 1, count);
     sums.kl += (p.exp() * (p - q)).sum(-1).sum(at::kDouble).item<double>();
     const at::Tensor token_p = p.gather(1, label).squeeze(1).to(at::kDouble);
     const at::Tensor token_q = q.gather(1, label).squeeze(1).to(at::kDouble);
     sums.nll_source -= token_p.sum().item<double>();
     sums.nll -= token_q.sum().item<double>();
-    sums.agree += p.argmax(-1).eq(q.argmax(-1)).sum().item<int64_t>();
+    const at::Tensor best_p = p.argmax(-1), best_q = q.argmax(-1), right = label.squeeze(1);
+    sums.agree += best_p.eq(best_q).sum().item<int64_t>();
+    sums.right_source += best_p.eq(right).sum().item<int64_t>();
+    sums.right += best_q.eq(right).sum().item<int64_t>();
     log_probs.source.insert(log_probs.source.end(), token_p.data_ptr<double>(),
                             token_p.data_ptr<double>() + count);
     log_probs.quantized.insert(log_probs.quantized.end(), token_q.data_ptr<double>(),
                                token_q.data_ptr<double>() + count);
   }
-  sums.positions = positions;
+  sums.positions = end - first_label + 1;
   return sums;
 }
 
@@ -106,46 +101,120 @@ Status RequireComparable(const Model& source, const Model& quantized) {
   if (a.vocab_size != b.vocab_size) return refuse("vocab_size", a.vocab_size, b.vocab_size);
   if (a.hidden_size != b.hidden_size) return refuse("hidden_size", a.hidden_size, b.hidden_size);
   if (a.num_layers != b.num_layers) return refuse("num_hidden_layers", a.num_layers, b.num_layers);
+  if (source.parts().size() != quantized.parts().size()) {
+    return refuse("the number of parts (body, lm_head, MTP head, vision tower)",
+                  static_cast<int64_t>(source.parts().size()),
+                  static_cast<int64_t>(quantized.parts().size()));
+  }
   return {};
 }
 
-Result<Evaluation> Measure(const Model& source, const Model& quantized, const TokenWindows& windows,
-                           const ComputeOptions& compute) {
-  const at::NoGradGuard no_grad;
-  PQ_ASSIGN_OR_RETURN(const at::Tensor source_hidden,
-                      ForwardHidden(source, windows, compute, "evaluate, source"));
-  PQ_ASSIGN_OR_RETURN(const at::Tensor hidden,
-                      ForwardHidden(quantized, windows, compute, "evaluate, quantized"));
-  PQ_ASSIGN_OR_RETURN(const auto source_head, source.LoadHead(compute));
-  PQ_ASSIGN_OR_RETURN(const auto head, quantized.LoadHead(compute));
-
-  Evaluation result;
-  WindowSums total;
-  std::vector<double> means;
-  Progress progress("evaluate, logits", windows.count(), "windows");
-  for (int64_t n = 0; n < windows.count(); ++n) {
-    TokenLogProbs& log_probs = result.log_probs.emplace_back();
-    log_probs.ids = windows.windows[n];
-    const WindowSums sums = ScoreWindow(*source_head, *head, source_hidden[n], hidden[n],
-                                        windows.windows[n], log_probs);
-    means.push_back(sums.kl / static_cast<double>(sums.positions));
-    total.kl += sums.kl;
-    total.nll_source += sums.nll_source;
-    total.nll += sums.nll;
-    total.agree += sums.agree;
-    total.positions += sums.positions;
-    progress.Advance();
+// Share of the experts of each token that are in both, mean over tokens and layers.
+double RouterAgreement(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+  double sum = 0;
+  for (size_t layer = 0; layer < a.size(); ++layer) {
+    const at::Tensor both = a[layer].unsqueeze(2).eq(b[layer].unsqueeze(1)).any(2);
+    sum += both.to(at::kDouble).mean().item<double>();
   }
-  const auto positions = static_cast<double>(total.positions);
-  result.tokens = total.positions;
-  result.kl = total.kl / positions;
-  result.kl_stderr = StandardError(means);
-  result.ppl_source = std::exp(total.nll_source / positions);
-  result.ppl = std::exp(total.nll / positions);
-  result.top1 = static_cast<double>(total.agree) / positions;
-  result.bytes_source = source.checkpoint().file_bytes();
-  result.bytes = quantized.checkpoint().file_bytes();
-  return result;
+  return sum / static_cast<double>(a.size());
+}
+
+class Comparison {
+ public:
+  Comparison(const Model& source, const Model& quantized, const Calibration& data,
+             const ComputeOptions& compute)
+      : source_(source), quantized_(quantized), data_(data), compute_(compute) {}
+
+  Result<Evaluation> Run() {
+    const at::NoGradGuard no_grad;
+    PQ_ASSIGN_OR_RETURN(const Sequences sequences, Sequences::Make(source_, data_, compute_));
+    PQ_ASSIGN_OR_RETURN(const Sequences quantized_sequences,
+                        Sequences::Make(quantized_, data_, compute_));
+    PQ_ASSIGN_OR_RETURN(source_outputs_,
+                        RunBody(source_, data_, sequences, compute_, "evaluate, source"));
+    PQ_ASSIGN_OR_RETURN(
+        outputs_, RunBody(quantized_, data_, quantized_sequences, compute_, "evaluate, quantized"));
+    PQ_ASSIGN_OR_RETURN(source_head_, LoadStoredHead(source_, Part::kText, compute_));
+    PQ_ASSIGN_OR_RETURN(head_, LoadStoredHead(quantized_, Part::kText, compute_));
+    ScoreTexts();
+    if (!data_.captions.empty()) ScoreCaptions();
+    if (source_.FindPart(Part::kMtp) != nullptr) {
+      PQ_ASSIGN_OR_RETURN(result_.drafts_source,
+                          MeasureDrafts(source_, data_, sequences, source_outputs_, compute_));
+      PQ_ASSIGN_OR_RETURN(result_.drafts, MeasureDrafts(quantized_, data_, quantized_sequences,
+                                                        outputs_, compute_));
+    }
+    if (!outputs_.routing.empty()) {
+      result_.router_agreement = RouterAgreement(source_outputs_.routing, outputs_.routing);
+    }
+    result_.bytes_source = source_.checkpoint().file_bytes();
+    result_.bytes = quantized_.checkpoint().file_bytes();
+    return std::move(result_);
+  }
+
+ private:
+  Sums Score(int64_t sequence, int64_t first_label, TokenLogProbs& log_probs) const {
+    const auto n = static_cast<size_t>(sequence);
+    return ScoreSequence(*source_head_, *head_, source_outputs_.hidden[n][0], outputs_.hidden[n][0],
+                         data_.ids(sequence), first_label, log_probs);
+  }
+
+  void ScoreTexts() {
+    Sums total;
+    std::vector<double> means;
+    Progress progress("evaluate, logits", data_.text.count(), "windows");
+    for (int64_t n = 0; n < data_.text.count(); ++n) {
+      TokenLogProbs& log_probs = result_.log_probs.emplace_back();
+      log_probs.ids = data_.ids(n);
+      const Sums sums = Score(n, 1, log_probs);
+      means.push_back(sums.Mean(sums.kl));
+      total.Add(sums);
+      progress.Advance();
+    }
+    result_.tokens = total.positions;
+    result_.kl = total.Mean(total.kl);
+    result_.kl_stderr = StandardError(means);
+    result_.ppl_source = std::exp(total.Mean(total.nll_source));
+    result_.ppl = std::exp(total.Mean(total.nll));
+    result_.top1 = total.Share(total.agree);
+  }
+
+  void ScoreCaptions() {
+    Sums total;
+    std::vector<double> means;
+    for (int64_t n = data_.text.count(); n < data_.count(); ++n) {
+      TokenLogProbs unused;
+      const Sums sums = Score(n, data_.caption(n).first_label, unused);
+      means.push_back(sums.Mean(sums.kl));
+      total.Add(sums);
+    }
+    result_.captions = CaptionEvaluation{.images = static_cast<int64_t>(means.size()),
+                                         .tokens = total.positions,
+                                         .kl = total.Mean(total.kl),
+                                         .kl_stderr = StandardError(means),
+                                         .loss_source = total.Mean(total.nll_source),
+                                         .loss = total.Mean(total.nll),
+                                         .top1 = total.Share(total.agree),
+                                         .accuracy_source = total.Share(total.right_source),
+                                         .accuracy = total.Share(total.right)};
+  }
+
+  const Model& source_;
+  const Model& quantized_;
+  const Calibration& data_;
+  ComputeOptions compute_;
+  BodyOutputs source_outputs_, outputs_;
+  std::unique_ptr<OutputHead> source_head_, head_;
+  Evaluation result_;
+};
+
+Json AcceptanceToJson(const DraftAcceptance& drafts) {
+  Json rates = Json::array();
+  for (int draft = 0; draft < kDrafts; ++draft) {
+    const double rate = drafts.rate(draft);
+    rates.push_back(std::isnan(rate) ? Json() : Json(rate));
+  }
+  return rates;
 }
 
 }  // namespace
@@ -162,12 +231,30 @@ Json Evaluation::ToJson(double predicted_kl) const {
                {"bytes", bytes},
                {"predicted_kl", nullptr}};
   if (predicted_kl >= 0) json["predicted_kl"] = predicted_kl;
+  if (captions) {
+    json["captions"] = {{"images", captions->images},
+                        {"tokens", captions->tokens},
+                        {"kl", captions->kl},
+                        {"kl_stderr", captions->kl_stderr},
+                        {"loss_source", captions->loss_source},
+                        {"loss", captions->loss},
+                        {"top1", captions->top1},
+                        {"accuracy_source", captions->accuracy_source},
+                        {"accuracy", captions->accuracy}};
+  }
+  if (drafts) {
+    json["mtp"] = {{"judged", drafts->judged},
+                   {"acceptance_source", AcceptanceToJson(*drafts_source)},
+                   {"acceptance", AcceptanceToJson(*drafts)}};
+  }
+  if (router_agreement) json["router_agreement"] = *router_agreement;
   return json;
 }
 
-Result<Evaluation> Evaluate(const Model& source, const Model& quantized,
-                            const TokenWindows& windows, const ComputeOptions& compute) {
+Result<Evaluation> Evaluate(const Model& source, const Model& quantized, const Calibration& data,
+                            const ComputeOptions& compute) {
   PQ_RETURN_IF_ERROR(RequireComparable(source, quantized));
+  const TokenWindows& windows = data.text;
   if (windows.length() < 2) {
     return Status::InvalidInput(
         fmt::format("evaluation windows: {} of {} tokens, expected at least one of at least 2",
@@ -175,7 +262,7 @@ Result<Evaluation> Evaluate(const Model& source, const Model& quantized,
   }
   Result<Evaluation> result = Status::System("evaluation did not run");
   PQ_RETURN_IF_ERROR(GuardTorch("evaluate", [&] {
-    result = Measure(source, quantized, windows, compute);
+    result = Comparison(source, quantized, data, compute).Run();
     return result.status();
   }));
   return result;

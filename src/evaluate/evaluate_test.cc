@@ -36,12 +36,12 @@ class EvaluateTest : public ::testing::Test {
 
   Evaluation Against(const Model& quantized, const TokenWindows& windows,
                      const ComputeOptions& compute = {}) {
-    const Result<Evaluation> result = Evaluate(*source_.model, quantized, windows, compute);
+    const Result<Evaluation> result = Evaluate(*source_.model, quantized, {windows, {}}, compute);
     EXPECT_TRUE(result.ok()) << result.status().message();
     return result.ok() ? *result : Evaluation();
   }
   std::string Refused(const Model& quantized, const TokenWindows& windows) {
-    const Result<Evaluation> result = Evaluate(*source_.model, quantized, windows, {});
+    const Result<Evaluation> result = Evaluate(*source_.model, quantized, {windows, {}}, {});
     EXPECT_EQ(result.status().code(), StatusCode::kInvalidInput);
     EXPECT_THAT(result.status().message(), Not(HasSubstr("\n")));
     return result.status().message();

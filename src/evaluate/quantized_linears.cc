@@ -3,17 +3,35 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include <array>
+
 namespace prismaquant {
 namespace {
 
-// Every tensor "<linear>.<suffix>" but the bias.
-StoredTensors MapTensors(const Checkpoint& checkpoint, const std::string& linear) {
-  const std::string prefix = linear + ".";
+// Suffixes of the tensors that formats store, and of those that no format of ours does but others'
+// do, so that they are not overlooked.
+constexpr std::array kSuffixes = {"weight",
+                                  "weight_packed",
+                                  "weight_scale",
+                                  "weight_global_scale",
+                                  "input_global_scale",
+                                  "weight_shape",
+                                  "weight_zero_point",
+                                  "weight_g_idx",
+                                  "input_scale",
+                                  "input_zero_point"};
+
+StoredTensors MapTensors(const Checkpoint& checkpoint, const LinearInfo& linear) {
   StoredTensors tensors;
-  for (const std::string& name : checkpoint.names()) {
-    if (!name.starts_with(prefix) || name.find('.', prefix.size()) != std::string::npos) continue;
-    const std::string suffix = name.substr(prefix.size());
-    if (suffix != "bias") tensors[suffix] = TensorFromView(*checkpoint.Find(name));
+  const PackedSlice& packed = linear.packed;
+  if (!packed.tensor.empty()) {
+    const at::Tensor experts = TensorFromView(*checkpoint.Find(packed.tensor));
+    tensors["weight"] = experts[packed.expert].narrow(0, packed.row, linear.out);
+    return tensors;
+  }
+  for (const char* suffix : kSuffixes) {
+    const TensorView* view = checkpoint.Find(fmt::format("{}.{}", linear.name, suffix));
+    if (view != nullptr) tensors[suffix] = TensorFromView(*view);
   }
   return tensors;
 }
@@ -32,7 +50,7 @@ std::string SuffixList(const StoredTensors& tensors) {
 
 Result<LinearTensors> FindLinearTensors(const Checkpoint& checkpoint, const LinearInfo& linear) {
   LinearTensors result;
-  result.tensors = MapTensors(checkpoint, linear.name);
+  result.tensors = MapTensors(checkpoint, linear);
   result.format = DetectFormat(result.tensors);
   if (result.format == nullptr) {
     return Status::InvalidInput(fmt::format("{}: the tensors of {} ({}) are in no known format",
@@ -68,7 +86,7 @@ Result<std::unique_ptr<QuantizedLinears>> QuantizedLinears::Load(const Model& mo
 at::Tensor QuantizedLinears::Apply(const LinearInfo& linear, const at::Tensor& x) {
   const Entry& entry = entries_.at(linear.name);
   at::Tensor input = x;
-  if (entry.format->quantizes_activations()) {
+  if (entry.format->quantizes_activations() && x.numel() > 0) {
     const auto scale = entry.stored.find("input_global_scale");
     const at::Tensor global = scale == entry.stored.end() ? at::Tensor() : scale->second;
     const bool same_scale =

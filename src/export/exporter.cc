@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -15,11 +16,12 @@
 namespace prismaquant {
 namespace {
 
-// One tensor to be written: the source's tensor of that name, or a tensor of a quantized Linear.
+// One tensor to be written: the source's tensor of that name, an expert's slice of a packed one, or
+// a tensor of a quantized Linear.
 struct PlannedTensor {
   TensorSpec spec;
-  const LinearInfo* linear = nullptr;  // null: passed through
-  std::string suffix;
+  const LinearInfo* linear = nullptr;  // null: the source's tensor
+  std::string suffix = {};             // empty: the slice
 };
 
 using FormatMap = std::map<std::string, const Format*>;
@@ -47,25 +49,60 @@ Result<LinearMap> CheckFormats(const Model& model, const FormatMap& formats) {
   return linears;
 }
 
+// Appends the tensors with which a Linear takes the place of its weight.
+void AppendLinear(const LinearInfo& linear, const Format& format,
+                  std::vector<PlannedTensor>& planned) {
+  if (format.compression_format().empty()) {
+    planned.push_back(
+        {{linear.name + ".weight", linear.dtype, {linear.out, linear.in}}, &linear, ""});
+    return;
+  }
+  for (TensorSpec& spec : format.Layout(linear.out, linear.in, linear.dtype)) {
+    std::string stored = spec.name;
+    spec.name = linear.name + "." + stored;
+    planned.push_back({std::move(spec), &linear, std::move(stored)});
+  }
+}
+
+// Packed tensors that are written expert by expert, with their Linears: all of a part in which any
+// expert is quantized, since a reader takes the experts of a model either way, but not both.
+std::map<std::string, std::vector<const LinearInfo*>> UnpackedExperts(const Model& model,
+                                                                      const FormatMap& formats) {
+  std::set<Part> quantized;
+  for (const LinearInfo& linear : model.linears()) {
+    if (linear.is_expert && !formats.at(linear.name)->compression_format().empty()) {
+      quantized.insert(linear.part);
+    }
+  }
+  std::map<std::string, std::vector<const LinearInfo*>> unpacked;
+  for (const LinearInfo& linear : model.linears()) {
+    if (linear.packed.tensor.empty() || quantized.count(linear.part) == 0) continue;
+    unpacked[linear.packed.tensor].push_back(&linear);
+  }
+  return unpacked;
+}
+
 // All tensors in the order in which they are written.
 Result<std::vector<PlannedTensor>> PlanTensors(const Model& model, const FormatMap& formats) {
   PQ_ASSIGN_OR_RETURN(const LinearMap linears, CheckFormats(model, formats));
+  const auto unpacked = UnpackedExperts(model, formats);
   std::vector<PlannedTensor> planned;
   for (const std::string& name : model.checkpoint().names()) {
+    if (const auto experts = unpacked.find(name); experts != unpacked.end()) {
+      for (const LinearInfo* linear : experts->second) {
+        AppendLinear(*linear, *formats.at(linear->name), planned);
+      }
+      continue;
+    }
     const auto [module, suffix] = SplitTensorName(name);
     const auto found = linears.find(module);
     const bool replaced = suffix == "weight" && found != linears.end() &&
                           !formats.at(module)->compression_format().empty();
-    if (!replaced) {
+    if (replaced) {
+      AppendLinear(*found->second, *formats.at(module), planned);
+    } else {
       const TensorView& view = *model.checkpoint().Find(name);
-      planned.push_back({{name, view.dtype, view.shape}, nullptr, ""});
-      continue;
-    }
-    const LinearInfo& linear = *found->second;
-    for (TensorSpec& spec : formats.at(module)->Layout(linear.out, linear.in, linear.dtype)) {
-      std::string stored = spec.name;
-      spec.name = module + "." + stored;
-      planned.push_back({std::move(spec), &linear, std::move(stored)});
+      planned.push_back({{name, view.dtype, view.shape}});
     }
   }
   return planned;
@@ -110,6 +147,14 @@ Status PassThrough(const Checkpoint& source, const std::string& name,
   return {};
 }
 
+Status WriteSlice(const Model& model, const LinearInfo& linear,
+                  const CheckpointWriter::Sink& sink) {
+  PQ_ASSIGN_OR_RETURN(const at::Tensor slice, model.LoadWeight(linear));
+  PQ_RETURN_IF_ERROR(sink(TensorBytes(slice.contiguous())));
+  model.checkpoint().DontNeed({linear.packed.tensor});
+  return {};
+}
+
 std::vector<CheckpointWriter::Tensor> WriterTensors(const ExportPlan& plan,
                                                     std::vector<PlannedTensor> planned) {
   const Checkpoint& source = plan.model->checkpoint();
@@ -120,6 +165,10 @@ std::vector<CheckpointWriter::Tensor> WriterTensors(const ExportPlan& plan,
     if (tensor.linear == nullptr) {
       write = [&source, name = tensor.spec.name](const CheckpointWriter::Sink& sink) {
         return PassThrough(source, name, sink);
+      };
+    } else if (tensor.suffix.empty()) {
+      write = [model = plan.model, linear = tensor.linear](const CheckpointWriter::Sink& sink) {
+        return WriteSlice(*model, *linear, sink);
       };
     } else {
       write = [rendered, linear = tensor.linear,

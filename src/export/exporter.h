@@ -2,8 +2,9 @@
 #define PRISMAQUANT_EXPORT_EXPORTER_H_
 
 // Export: write the quantized checkpoint. Its tensors stand in the order of the source, each
-// quantized Linear's weight replaced in place by the tensors of its format, everything else passed
-// through bit for bit from the source's mapping. Rendered tensors are asked for one Linear at a
+// quantized Linear's weight replaced in place by the tensors of its format, the packed experts of a
+// part with a quantized expert by those of each expert, everything else passed through bit for bit
+// from the source's mapping. Rendered tensors are asked for one Linear at a
 // time, when their bytes are due, so memory holds one Linear. The folder appears at its name only
 // after VerifyCheckpoint has accepted it; on failure nothing is left behind.
 
@@ -26,7 +27,7 @@ inline constexpr char kRecordFile[] = "prismaquant.json";
 
 struct ExportPlan {
   const Model* model = nullptr;                  // of the source
-  std::map<std::string, const Format*> formats;  // every Linear of the body
+  std::map<std::string, const Format*> formats;  // every Linear of the model
   // The stored tensors of a quantized Linear; called once each, in the order of the source's
   // tensors.
   std::function<Result<StoredTensors>(const std::string& linear)> rendered;
@@ -36,7 +37,7 @@ struct ExportPlan {
   CheckpointWriter::Options options;
 };
 
-// kInvalidInput if a body Linear has no format or one that cannot store it, or `formats` names an
+// kInvalidInput if a Linear has no format or one that cannot store it, or `formats` names an
 // unknown Linear.
 Status ExportCheckpoint(FileSystem& fs, const ExportPlan& plan, const std::filesystem::path& out);
 

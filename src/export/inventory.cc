@@ -38,13 +38,13 @@ TensorName SplitTensorName(const std::string& name) {
 }
 
 std::vector<std::string> OtherLinears(const Model& model) {
-  std::set<std::string> body;
-  for (const LinearInfo& linear : model.linears()) body.insert(linear.name);
+  std::set<std::string> known;
+  for (const LinearInfo& linear : model.linears()) known.insert(linear.name);
   std::vector<std::string> others;
   for (const std::string& tensor : model.checkpoint().names()) {
     const auto [module, suffix] = SplitTensorName(tensor);
     const bool weight = suffix == "weight" && model.checkpoint().Find(tensor)->shape.size() == 2;
-    if ((weight || suffix == "weight_packed") && body.count(module) == 0 && !IsEmbedding(module)) {
+    if ((weight || suffix == "weight_packed") && known.count(module) == 0 && !IsEmbedding(module)) {
       others.push_back(module);
     }
   }

@@ -1,10 +1,9 @@
 #ifndef PRISMAQUANT_EXPORT_INVENTORY_H_
 #define PRISMAQUANT_EXPORT_INVENTORY_H_
 
-// What a checkpoint holds beside the Linears of its text body: which part of the model a tensor
-// belongs to, and which Linears lie outside the body (vision tower, MTP head, output projection).
-// Judged by tensor names and ranks alone, so that it works for parts of which the program knows no
-// more. Pure functions.
+// What a checkpoint holds beside the Linears that the program knows: which part of the model a
+// tensor belongs to, and which other Linears there are. Judged by tensor names and ranks alone, so
+// that it works for parts of which the program knows no more. Pure functions.
 
 #include <string>
 #include <string_view>
@@ -14,8 +13,6 @@
 #include "model/model.h"
 
 namespace prismaquant {
-
-enum class Part { kText, kVision, kMtp, kHead };
 
 // "text body", "vision", "MTP", "head and embeddings".
 std::string_view PartName(Part part);
@@ -28,8 +25,8 @@ struct TensorName {
 };
 TensorName SplitTensorName(const std::string& name);
 
-// Module names of the Linears outside the body: tensors "<module>.weight" of rank 2 that are no
-// embedding, and quantized ones. In file order.
+// Module names of the Linears that are not among the model's: tensors "<module>.weight" of rank 2
+// that are no embedding, and quantized ones. In file order.
 std::vector<std::string> OtherLinears(const Model& model);
 
 }  // namespace prismaquant

@@ -50,6 +50,11 @@ struct Naming {
   std::string reader;
   bool vllm = false;
   std::vector<PrefixRename> renames;  // first match wins
+  bool draft = false;                 // sees the MTP head and the output projection alone
+
+  bool Sees(const std::string& module) const {
+    return !draft || module.starts_with("mtp.") || module == "lm_head";
+  }
 
   std::string Rename(const std::string& module) const {
     for (const PrefixRename& rename : renames) {
@@ -67,6 +72,7 @@ std::vector<Naming> Namings(const Profile& profile) {
     namings.push_back({"transformers (text only)", false, profile.text_names});
     namings.push_back({"vLLM (text only)", true, profile.text_names});
   }
+  namings.push_back({"vLLM (MTP draft)", true, {}, true});
   return namings;
 }
 
@@ -86,6 +92,9 @@ ConfigRules RenameRules(ConfigRules rules, const Naming& naming) {
   for (ConfigGroup& group : rules.groups) group.targets = RenameEntries(group.targets, naming);
   return rules;
 }
+
+// What the name of a fused layer of experts ends with.
+constexpr char kExperts[] = ".experts";
 
 bool IsHead(const std::string& module) { return module.ends_with("lm_head"); }
 
@@ -135,14 +144,34 @@ std::vector<std::pair<std::string, const Format*>> FusedMembers(
   return members;
 }
 
+// vLLM asks for the first expert's Linears alone, and wants one scheme for the three.
+Status CheckExperts(const NameMatcher& matcher, const ConfigRules& rules, const Naming& naming,
+                    const std::string& layer, const Format& format) {
+  for (const char* projection : {"gate_proj", "up_proj", "down_proj"}) {
+    const std::string name = fmt::format("{}.0.{}", naming.Rename(layer), projection);
+    PQ_ASSIGN_OR_RETURN(const int group, matcher.VllmGroup(name, {}, "RoutedExperts"));
+    PQ_RETURN_IF_ERROR(CheckGroup(naming.reader, name, format, rules, group));
+  }
+  return {};
+}
+
 Status CheckVllm(const ConfigRules& config_rules, const Naming& naming, const Profile& profile,
                  const std::map<std::string, const Format*>& linears) {
   const ConfigRules rules = RenameRules(config_rules, naming);
   PQ_ASSIGN_OR_RETURN(const NameMatcher matcher, NameMatcher::Create(rules));
-  std::set<std::string> done;
+  std::map<std::string, const Format*> done;
   for (const auto& [module, format] : linears) {
+    if (!naming.Sees(module)) continue;
     const std::string layer = FusedName(profile, module);
-    if (!done.insert(layer).second) continue;
+    const auto [first, fresh] = done.emplace(layer, format);
+    if (layer.ends_with(kExperts)) {
+      if (first->second != format) {
+        return Status::Unmet(fmt::format("{}: is {}, but another expert of {} is {}", module,
+                                         format->name(), layer, first->second->name()));
+      }
+      if (fresh) PQ_RETURN_IF_ERROR(CheckExperts(matcher, rules, naming, layer, *format));
+    }
+    if (!fresh || layer.ends_with(kExperts)) continue;
     std::vector<std::string> shards;
     for (const auto& [member, member_format] : FusedMembers(profile, layer, linears)) {
       if (member_format != format) {

@@ -32,6 +32,10 @@ struct ModelCard {
     double kl = 0, kl_stderr = 0;  // nats per token
     double ppl_source = 0, ppl = 0;
     double top1 = 0;  // share of positions
+    // Of captions, nats per token; of the MTP head's first draft, a share; of experts, a share.
+    std::optional<double> caption_kl, caption_loss_source, caption_loss;
+    std::optional<double> draft_acceptance_source, draft_acceptance;
+    std::optional<double> router_agreement;
   };
   struct Calibration {
     std::string file, labels;  // labels: "sampled" or "data"

@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 #include <set>
+#include <utility>
 
 namespace prismaquant {
 namespace {
@@ -22,18 +24,70 @@ std::string_view TakeNumber(std::string_view& text) {
   return number;
 }
 
-Json ListSpellings(const Profile& profile, const ModuleSet& modules) {
-  Json names = Json::array();
+constexpr char kHead[] = "lm_head";
+constexpr char kExperts[] = ".experts.";
+constexpr char kLayers[] = "layers.";
+
+std::string Escaped(std::string_view text) {
+  std::string pattern;
+  for (const char c : text) pattern += c == '.' ? "\\." : std::string(1, c);
+  return pattern;
+}
+
+// A module with experts: what stands before the number of its layer, the number, and what stands
+// behind it, as in {"model.layers.", "3", ".mlp.experts"}.
+struct ExpertLayer {
+  std::string prefix, number, rest;
+};
+
+ExpertLayer SplitExpertLayer(const std::string& module) {
+  const std::string experts = module.substr(0, module.find(kExperts) + sizeof(kExperts) - 2);
+  const size_t number = experts.find(kLayers) + sizeof(kLayers) - 1;
+  const size_t end = experts.find('.', number);
+  return {experts.substr(0, number), experts.substr(number, end - number), experts.substr(end)};
+}
+
+// Modules of experts are too many to be listed: one pattern for all layers of a part, which matches
+// them under each name that a reader gives them.
+std::vector<std::string> ExpertPatterns(const Profile& profile, const ModuleSet& modules) {
+  std::map<std::pair<std::string, std::string>, std::vector<std::string>> layers;
   for (const std::string& module : modules) {
-    for (const std::string& name : Spellings(profile, module)) names.push_back(name);
+    const ExpertLayer layer = SplitExpertLayer(module);
+    std::vector<std::string>& numbers = layers[{layer.prefix, layer.rest}];
+    if (numbers.empty() || numbers.back() != layer.number) numbers.push_back(layer.number);
   }
+  std::vector<std::string> patterns;
+  for (const auto& [place, numbers] : layers) {
+    std::set<std::string> prefixes = {Escaped(VllmName(profile, place.first))};
+    for (const std::string& name : Spellings(profile, place.first)) prefixes.insert(Escaped(name));
+    patterns.push_back(fmt::format("re:^(?:{})(?:{}){}\\.[0-9]+\\.(?:gate|up|down)_proj$",
+                                   fmt::join(prefixes, "|"), fmt::join(numbers, "|"),
+                                   Escaped(place.second)));
+  }
+  return patterns;
+}
+
+// The entries that name these modules.
+Json ListEntries(const Profile& profile, const ModuleSet& modules) {
+  Json names = Json::array();
+  ModuleSet experts;
+  for (const std::string& module : modules) {
+    if (module.find(kExperts) != std::string::npos) {
+      experts.insert(module);
+    } else if (module == kHead) {
+      names.push_back("re:(?:.*[.])?lm_head$");
+    } else {
+      for (const std::string& name : Spellings(profile, module)) names.push_back(name);
+    }
+  }
+  for (std::string& pattern : ExpertPatterns(profile, experts)) names.push_back(std::move(pattern));
   return names;
 }
 
 Json Group(const Profile& profile, const Format& format, const ModuleSet& modules) {
   Json group = format.Scheme();
   group["format"] = format.compression_format();
-  group["targets"] = ListSpellings(profile, modules);
+  group["targets"] = ListEntries(profile, modules);
   group["output_activations"] = nullptr;
   return group;
 }
@@ -88,9 +142,12 @@ Json BuildQuantizationConfig(const Profile& profile,
     stored_formats.insert(format->compression_format());
     groups[fmt::format("group_{}", groups.size())] = Group(profile, *format, modules[format]);
   }
-  unquantized.insert("lm_head");
-  Json ignore = ListSpellings(profile, unquantized);
-  ignore.push_back("re:.*lm_head$");
+  const auto head = formats.find(kHead);
+  const bool head_stays = head == formats.end() || head->second->compression_format().empty();
+  unquantized.erase(kHead);
+  Json ignore = ListEntries(profile, unquantized);
+  // By name too: a vLLM layer that is named in the list is not looked up in the targets.
+  if (head_stays) ignore.insert(ignore.end(), {kHead, "re:.*lm_head$"});
   return {{"quant_method", "compressed-tensors"},
           {"version", "0.20.0"},
           {"format", stored_formats.size() > 1 ? "mixed-precision" : *stored_formats.begin()},

@@ -2,8 +2,9 @@
 #define PRISMAQUANT_EXPORT_QUANTIZATION_CONFIG_H_
 
 // quantization_config: the part of config.json that tells compressed-tensors readers (transformers,
-// vLLM) which module is stored in which format. Every module is named exactly and no class or
-// pattern is ever a target, so that neither reader's order of matching matters. Pure functions.
+// vLLM) which module is stored in which format. No class is ever a target, every module is named
+// exactly, but for experts and the output projection, and what matches a pattern matches nothing
+// else, so that neither reader's order of matching matters. Pure functions.
 //
 // A multimodal checkpoint has two names for a body module: transformers' multimodal class uses the
 // checkpoint's, its text-only class drops "language_model.". A target in only one spelling leaves
@@ -30,8 +31,8 @@ struct ModelOrder {
 // it differs.
 std::vector<std::string> Spellings(const Profile& profile, const std::string& module);
 
-// `formats`: every Linear of the body -> its format. `other_linears`: module names of all Linears
-// elsewhere (vision, MTP, head), which stay unquantized. Null if every format is the source's.
+// `formats`: every Linear of the model -> its format. `other_linears`: module names of all Linears
+// elsewhere, which stay unquantized. Null if every format is the source's.
 Json BuildQuantizationConfig(const Profile& profile,
                              const std::map<std::string, const Format*>& formats,
                              const std::vector<std::string>& other_linears);

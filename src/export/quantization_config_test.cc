@@ -1,5 +1,6 @@
 #include "export/quantization_config.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -67,9 +68,36 @@ TEST(QuantizationConfig, MixedFormatsGetOneGroupEachInModelOrder) {
                   "model.language_model.layers.10.mlp.down_proj", "model.layers.10.mlp.down_proj"));
   EXPECT_EQ(groups["group_1"]["format"], "mxfp8-quantized");
   EXPECT_THAT(Strings(config["ignore"]),
-              ElementsAre("lm_head", "model.language_model.layers.0.linear_attn.in_proj_a",
+              ElementsAre("model.language_model.layers.0.linear_attn.in_proj_a",
                           "model.layers.0.linear_attn.in_proj_a", "model.visual.merger.linear_fc1",
-                          "mtp.fc", "re:.*lm_head$"));
+                          "mtp.fc", "lm_head", "re:.*lm_head$"));
+}
+
+TEST(QuantizationConfig, AQuantizedOutputProjectionMatchesBothOfItsNames) {
+  const Json config = BuildQuantizationConfig(Hybrid(), {{"lm_head", FindFormat("fp8")}}, {});
+  EXPECT_THAT(Strings(config["config_groups"]["group_0"]["targets"]),
+              ElementsAre("re:(?:.*[.])?lm_head$"));
+  EXPECT_TRUE(config["ignore"].empty());
+}
+
+TEST(QuantizationConfig, ExpertsAreOnePatternPerPartAndFormat) {
+  std::map<std::string, const Format*> formats;
+  for (const auto& [layer, format] :
+       {std::pair(kLayer0, "nvfp4"), std::pair(kLayer2, "fp8"), std::pair(kLayer10, "nvfp4")}) {
+    for (const char* expert : {"0.gate_proj", "0.up_proj", "0.down_proj", "11.down_proj"}) {
+      formats[fmt::format("{}mlp.experts.{}", layer, expert)] = FindFormat(format);
+    }
+  }
+  formats["mtp.layers.0.mlp.experts.0.gate_proj"] = &SourceFormat();
+  const Json config = BuildQuantizationConfig(Hybrid(), formats, {});
+  const std::string prefixes =
+      "(?:language_model\\.model\\.layers\\.|model\\.language_model\\.layers\\.|model\\.layers\\.)";
+  const std::string rest = "\\.mlp\\.experts\\.[0-9]+\\.(?:gate|up|down)_proj$";
+  EXPECT_THAT(Strings(config["config_groups"]["group_0"]["targets"]),
+              ElementsAre("re:^" + prefixes + "(?:0|10)" + rest));
+  EXPECT_THAT(Strings(config["config_groups"]["group_1"]["targets"]),
+              ElementsAre("re:^" + prefixes + "(?:2)" + rest));
+  EXPECT_EQ(Strings(config["ignore"]).front(), "re:^(?:mtp\\.layers\\.)(?:0)" + rest);
 }
 
 TEST(QuantizationConfig, FormatsStoredAlikeAreGroupsOfTheirOwn) {

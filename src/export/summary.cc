@@ -1,5 +1,7 @@
 #include "export/summary.h"
 
+#include <algorithm>
+#include <set>
 #include <utility>
 
 namespace prismaquant {
@@ -17,26 +19,50 @@ FormatTotals Totals(const StoredLinear& linear) {
           linear.format->PayloadBytes(linear.out, linear.in, linear.dtype)};
 }
 
-double BodyBpp(const Model& model, const std::map<std::string, StoredLinear>& linears) {
-  FormatTotals body;
+// Linears that count in bpp: those with a choice, and of the vision tower and the output projection
+// only if they were given one.
+double BitsPerWeight(const Model& model, const std::map<std::string, StoredLinear>& linears) {
+  const auto quantized = [&](Part part) {
+    return std::any_of(model.linears().begin(), model.linears().end(), [&](const auto& info) {
+      return info.part == part && linears.at(info.name).format != &SourceFormat();
+    });
+  };
+  const bool vision = quantized(Part::kVision), head = quantized(Part::kHead);
+  FormatTotals counted;
   for (const LinearInfo& info : model.linears()) {
-    if (info.allocatable) Add(Totals(linears.at(info.name)), body);
+    const bool counts = info.part == Part::kHead
+                            ? head
+                            : info.allocatable && (info.part != Part::kVision || vision);
+    if (counts) Add(Totals(linears.at(info.name)), counted);
   }
-  if (body.weights == 0) return 0;
-  return 8.0 * static_cast<double>(body.payload) / static_cast<double>(body.weights);
+  if (counted.weights == 0) return 0;
+  return 8.0 * static_cast<double>(counted.payload) / static_cast<double>(counted.weights);
 }
 
 CheckpointSummary Collect(const Model& model, const std::map<std::string, StoredLinear>& linears) {
   CheckpointSummary summary;
+  std::set<std::string> packed, expert_units;
+  for (const LinearInfo& info : model.linears()) {
+    if (info.is_expert) expert_units.insert(info.unit);
+  }
+  int64_t expert_bytes = 0;
   for (const auto& [name, linear] : linears) {
+    packed.insert(linear.packed.tensor);
     const FormatTotals totals = Totals(linear);
     const std::string format(linear.format->name());
     Add(totals, summary.parts[PartOf(name)].formats[format]);
     if (linear.layer >= 0) Add(totals, summary.layers[linear.layer][format]);
     summary.parameters += totals.weights;
+    summary.linear_bytes += totals.bytes;
+    (expert_units.count(linear.unit) > 0 ? expert_bytes : summary.active_bytes) += totals.bytes;
+  }
+  if (model.config().mixture) {
+    const MixtureConfig& mixture = *model.config().mixture;
+    summary.active_bytes += expert_bytes * mixture.experts_per_token / mixture.experts;
   }
   for (const std::string& tensor : model.checkpoint().names()) {
     const auto [module, suffix] = SplitTensorName(tensor);
+    if (packed.count(tensor) > 0) continue;
     if (linears.count(module) > 0 && suffix != "bias") continue;
     const TensorView& view = *model.checkpoint().Find(tensor);
     PartSummary& part = summary.parts[PartOf(tensor)];
@@ -44,7 +70,7 @@ CheckpointSummary Collect(const Model& model, const std::map<std::string, Stored
     part.other_bytes += static_cast<int64_t>(view.bytes.size());
     summary.parameters += view.elements();
   }
-  summary.bpp = BodyBpp(model, linears);
+  summary.bpp = BitsPerWeight(model, linears);
   return summary;
 }
 
@@ -100,6 +126,8 @@ Result<CheckpointSummary> SummarizePlan(const Model& source,
 Json SummaryToJson(const CheckpointSummary& summary) {
   Json json = {{"parameters", summary.parameters},
                {"bytes", summary.file_bytes},
+               {"linear_bytes", summary.linear_bytes},
+               {"active_bytes", summary.active_bytes},
                {"bpp", summary.bpp},
                {"file_bpp", summary.file_bpp()},
                {"formats", TotalsToJson(summary.Total())},

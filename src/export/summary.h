@@ -35,7 +35,10 @@ struct CheckpointSummary {
   std::map<int, std::map<std::string, FormatTotals>> layers;  // of the text body
   int64_t parameters = 0;  // of the model, not of the packed tensors
   int64_t file_bytes = 0;  // of all *.safetensors
-  double bpp = 0;  // over the body's Linears that have a choice of formats; 0 if there are none
+  // Of all Linears, and what of them is read for one token of text: of a mixture's experts, those
+  // that a token is routed to.
+  int64_t linear_bytes = 0, active_bytes = 0;
+  double bpp = 0;  // over the Linears that have a choice of formats; 0 if there are none
 
   double file_bpp() const;                            // 0 for a checkpoint without parameters
   std::map<std::string, FormatTotals> Total() const;  // over all parts

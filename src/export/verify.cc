@@ -10,6 +10,7 @@
 
 #include "export/inventory.h"
 #include "export/matching.h"
+#include "formats/tensor_bytes.h"
 
 namespace prismaquant {
 namespace {
@@ -75,16 +76,19 @@ Result<StoredLinear> LinearFromTensors(const std::string& module, const StoredTe
     return Status::InvalidInput(
         fmt::format("{}: its weight has rank {}, expected 2", module, codes.dim()));
   }
-  const auto shape = stored.find("weight_shape");
   linear.out = codes.size(0);
-  linear.in =
-      shape != stored.end() ? shape->second[1].item<int64_t>() : codes.size(1) * (packed ? 2 : 1);
+  linear.in = codes.size(1) * (packed ? 2 : 1);
+  // Packed integers say their shape themselves.
+  if (packed && codes.scalar_type() == at::kInt) {
+    linear.in = stored.at("weight_shape").flatten()[1].item<int64_t>();
+  }
   linear.dtype = IsQuantized(*linear.format) ? dtype : FromScalarType(codes.scalar_type());
   return linear;
 }
 
 Status CheckTensors(const LinearMap& linears, const ModuleTensors& modules) {
   for (const auto& [name, linear] : linears) {
+    if (!linear.packed.tensor.empty()) continue;
     const Status status = CheckStored(*linear.format, MapStored(modules.at(name)), linear.out,
                                       linear.in, linear.dtype);
     if (!status.ok()) return Status::Unmet(fmt::format("{}: {}", name, status.message()));
@@ -109,24 +113,47 @@ Status CheckStrays(const LinearMap& linears, const ModuleTensors& modules) {
   return {};
 }
 
-Status CheckFused(const LinearMap& linears, const ModuleTensors& modules, const Profile& profile) {
-  std::map<std::string, std::string> leader;  // fused layer -> its first module
+// All Linears of a group have this tensor, where they have it, bit for bit as the first one's.
+Status CheckShared(const std::string& name, const std::string& first, const ModuleTensors& modules,
+                   const char* suffix) {
+  const auto& mine = modules.at(name);
+  if (mine.count(suffix) == 0) return {};
+  if (SameBytes(mine.at(suffix)->bytes, modules.at(first).at(suffix)->bytes)) return {};
+  return Status::Unmet(
+      fmt::format("{}: {} differs from that of {}, which vLLM fuses with it", name, suffix, first));
+}
+
+Status CheckFused(const LinearMap& linears, const ModuleTensors& modules) {
+  // Groups -> their first Linear.
+  std::map<std::string, std::string> unit, scale_group, input_group;
   for (const auto& [name, linear] : linears) {
-    const auto [first, added] = leader.emplace(FusedName(profile, name), name);
-    if (added) continue;
-    const Format& expected = *linears.at(first->second).format;
+    const std::string& leader = unit.emplace(linear.unit, name).first->second;
+    const Format& expected = *linears.at(leader).format;
     if (linear.format != &expected) {
       return Status::Unmet(fmt::format("{}: is {}, but {}, which vLLM fuses with it, is {}", name,
-                                       linear.format->name(), first->second, expected.name()));
+                                       linear.format->name(), leader, expected.name()));
     }
-    for (const char* suffix : {"weight_global_scale", "input_global_scale"}) {
-      const auto& mine = modules.at(name);
-      if (mine.count(suffix) == 0) continue;
-      if (!SameBytes(mine.at(suffix)->bytes, modules.at(first->second).at(suffix)->bytes)) {
-        return Status::Unmet(fmt::format("{}: {} differs from that of {}, which vLLM fuses with it",
-                                         name, suffix, first->second));
-      }
-    }
+    if (!linear.packed.tensor.empty()) continue;
+    PQ_RETURN_IF_ERROR(CheckShared(name,
+                                   scale_group.emplace(linear.scale_group, name).first->second,
+                                   modules, "weight_global_scale"));
+    PQ_RETURN_IF_ERROR(CheckShared(name,
+                                   input_group.emplace(linear.input_group, name).first->second,
+                                   modules, "input_global_scale"));
+  }
+  return {};
+}
+
+// vLLM's loader reads packed experts or experts one by one, not both in one part.
+Status CheckExperts(const Model& model) {
+  std::map<Part, const LinearInfo*> first;
+  for (const LinearInfo& linear : model.linears()) {
+    if (!linear.is_expert) continue;
+    const LinearInfo& other = *first.emplace(linear.part, &linear).first->second;
+    if (other.packed.tensor.empty() == linear.packed.tensor.empty()) continue;
+    return Status::Unmet(
+        fmt::format("{}: experts of some layers are packed, of others not, expected one way",
+                    (linear.packed.tensor.empty() ? linear : other).name));
   }
   return {};
 }
@@ -223,33 +250,68 @@ const StoredLinear* QuantizedOwner(const LinearMap& linears, const TensorName& n
   return owned ? &found->second : nullptr;
 }
 
+// Where the source packs what a Linear has for itself here: Linear name -> its slice.
+using SliceMap = std::map<std::string, const LinearInfo*>;
+
+Status CheckSlice(const TensorView& out, const Checkpoint& source, const LinearInfo& linear) {
+  const at::Tensor slice = TensorFromView(*source.Find(linear.packed.tensor))[linear.packed.expert]
+                               .narrow(0, linear.packed.row, linear.out)
+                               .contiguous();
+  const bool same = out.dtype == linear.dtype &&
+                    out.shape == std::vector<int64_t>{linear.out, linear.in} &&
+                    SameBytes(out.bytes, TensorBytes(slice));
+  return same ? Status()
+              : Status::Unmet(fmt::format("tensor {}: differs from the source's slice of {}, "
+                                          "expected a copy",
+                                          out.name, linear.packed.tensor));
+}
+
 Status CheckTensorOrigin(const Checkpoint& out, const Checkpoint& source, const LinearMap& linears,
-                         const std::string& name) {
+                         const SliceMap& slices, const std::string& name) {
   const TensorName parts = SplitTensorName(name);
   const StoredLinear* owner = QuantizedOwner(linears, parts);
-  const TensorView* original = source.Find(owner != nullptr ? parts.module + ".weight" : name);
-  if (original == nullptr) {
-    return Status::Unmet(fmt::format("tensor {}: the source has none such", name));
+  const auto slice = slices.find(parts.module);
+  if (slice != slices.end() && owner == nullptr && parts.suffix == "weight") {
+    return CheckSlice(*out.Find(name), source, *slice->second);
   }
-  if (owner == nullptr) PQ_RETURN_IF_ERROR(CheckSameTensor(*out.Find(name), *original));
-  if (owner != nullptr && original->shape != std::vector<int64_t>{owner->out, owner->in}) {
+  std::vector<int64_t> shape;
+  if (slice != slices.end()) {
+    shape = {slice->second->out, slice->second->in};
+  } else {
+    const TensorView* original = source.Find(owner != nullptr ? parts.module + ".weight" : name);
+    if (original == nullptr) {
+      return Status::Unmet(fmt::format("tensor {}: the source has none such", name));
+    }
+    if (owner == nullptr) PQ_RETURN_IF_ERROR(CheckSameTensor(*out.Find(name), *original));
+    shape = original->shape;
+    source.DontNeed({original->name});
+  }
+  if (owner != nullptr && shape != std::vector<int64_t>{owner->out, owner->in}) {
     return Status::Unmet(fmt::format("{}: is [{}, {}], expected [{}] as in the source",
-                                     parts.module, owner->out, owner->in,
-                                     fmt::join(original->shape, ", ")));
+                                     parts.module, owner->out, owner->in, fmt::join(shape, ", ")));
   }
   out.DontNeed({name});
-  source.DontNeed({original->name});
   return {};
 }
 
 Status CheckAgainstSource(const Checkpoint& out, const Checkpoint& source,
                           const LinearMap& linears) {
+  PQ_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Open(source));
+  SliceMap slices;
+  std::set<std::string> unpacked;  // tensors of the source whose slices stand alone here
+  for (const LinearInfo& linear : model->linears()) {
+    const std::string& packed = linear.packed.tensor;
+    if (packed.empty() || out.Find(packed) != nullptr) continue;
+    slices[linear.name] = &linear;
+    unpacked.insert(packed);
+  }
   for (const std::string& name : out.names()) {
-    PQ_RETURN_IF_ERROR(CheckTensorOrigin(out, source, linears, name));
+    PQ_RETURN_IF_ERROR(CheckTensorOrigin(out, source, linears, slices, name));
   }
   for (const std::string& name : source.names()) {
     const TensorName parts = SplitTensorName(name);
-    const bool replaced = parts.suffix == "weight" && QuantizedOwner(linears, parts) != nullptr;
+    const bool replaced = unpacked.count(name) > 0 ||
+                          (parts.suffix == "weight" && QuantizedOwner(linears, parts) != nullptr);
     if (!replaced && out.Find(name) == nullptr) {
       return Status::Unmet(
           fmt::format("tensor {}: is missing, expected a copy of the source's", name));
@@ -265,7 +327,8 @@ Status Verify(const Checkpoint& out, const Checkpoint* source) {
   const ModuleTensors modules = GroupByModule(out);
   PQ_RETURN_IF_ERROR(CheckTensors(linears, modules));
   PQ_RETURN_IF_ERROR(CheckStrays(linears, modules));
-  PQ_RETURN_IF_ERROR(CheckFused(linears, modules, model->profile()));
+  PQ_RETURN_IF_ERROR(CheckExperts(*model));
+  PQ_RETURN_IF_ERROR(CheckFused(linears, modules));
 
   std::map<std::string, const Format*> formats;
   bool quantized = false;
@@ -288,15 +351,29 @@ Result<std::map<std::string, StoredLinear>> ReadStoredLinears(const Model& model
   LinearMap linears;
   DType dtype = DType::kBF16;
   for (const LinearInfo& info : model.linears()) {
-    StoredLinear linear{nullptr, info.out, info.in, info.dtype, info.layer};
+    StoredLinear linear{.format = &SourceFormat(),
+                        .out = info.out,
+                        .in = info.in,
+                        .dtype = info.dtype,
+                        .layer = info.part == Part::kText ? info.layer : -1,
+                        .packed = info.packed,
+                        .unit = info.unit,
+                        .scale_group = info.scale_group,
+                        .input_group = info.input_group};
+    dtype = info.dtype;
+    if (!info.packed.tensor.empty()) {
+      linears[info.name] = linear;
+      continue;
+    }
     const auto found = modules.find(info.name);
     if (found == modules.end()) return Status::InvalidInput(info.name + ": has no tensors");
     PQ_ASSIGN_OR_RETURN(linear.format, StoredFormat(info.name, MapStored(found->second)));
     linears[info.name] = linear;
-    dtype = info.dtype;
   }
   for (const std::string& name : OtherLinears(model)) {
-    PQ_ASSIGN_OR_RETURN(linears[name], LinearFromTensors(name, MapStored(modules.at(name)), dtype));
+    StoredLinear& linear = linears[name];
+    PQ_ASSIGN_OR_RETURN(linear, LinearFromTensors(name, MapStored(modules.at(name)), dtype));
+    linear.unit = linear.scale_group = linear.input_group = FusedName(model.profile(), name);
   }
   return linears;
 }

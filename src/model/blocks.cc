@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace prismaquant {
@@ -56,10 +57,19 @@ at::Tensor GatedRmsNorm(const at::Tensor& x, const at::Tensor& weight, const at:
   return (normed * at::silu(gate.to(WideType(x)))).to(x.scalar_type());
 }
 
-SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens,
+SequenceContext RotaryContext(const ModelConfig& config, const at::Tensor& positions,
                               const ComputeOptions& options) {
+  const at::Tensor places = positions.to(at::kFloat);
   const auto turn = [&](const at::Tensor& frequencies, at::Tensor& cos, at::Tensor& sin) {
-    const at::Tensor half = at::outer(at::arange(tokens, at::kFloat), frequencies);
+    const at::Tensor half = at::outer(places[0], frequencies);
+    const auto turn_by = [&](int64_t axis, int64_t count) {
+      const at::Tensor own = at::outer(places[axis], frequencies);
+      for (int64_t i = axis; i < std::min(3 * count, half.size(1)); i += 3) {
+        half.select(1, i).copy_(own.select(1, i));
+      }
+    };
+    turn_by(1, config.row_frequencies);
+    turn_by(2, config.column_frequencies);
     const at::Tensor angles = at::cat({half, half}, -1).to(options.device);
     cos = angles.cos().to(options.dtype);
     sin = angles.sin().to(options.dtype);

@@ -26,9 +26,10 @@ at::Tensor RmsNormPlusOne(const at::Tensor& x, const at::Tensor& weight, double 
 at::Tensor GatedRmsNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& gate,
                         double eps);
 
-// cos and sin [tokens, rotary_dim] of positions 0..tokens-1, the local ones too if the
-// configuration has them.
-SequenceContext RotaryContext(const ModelConfig& config, int64_t tokens,
+// cos and sin [tokens, rotary_dim] of positions int64 [3, tokens] in time, row and column, the
+// local ones too if the configuration has them. Where the configuration sets no frequencies apart
+// for rows and columns, all turn by time.
+SequenceContext RotaryContext(const ModelConfig& config, const at::Tensor& positions,
                               const ComputeOptions& options);
 // Rotates the first rotary_dim of each head, halves paired: x [sequences, heads, tokens, head_dim].
 at::Tensor ApplyRotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);

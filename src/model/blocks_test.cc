@@ -9,6 +9,9 @@
 namespace prismaquant {
 namespace {
 
+// Positions of a text: the same in all three rows.
+at::Tensor Text(int64_t tokens) { return at::arange(tokens, at::kLong).expand({3, tokens}); }
+
 ModelConfig RotaryConfig() {
   ModelConfig config;
   config.head_dim = 8;
@@ -45,7 +48,7 @@ TEST(Blocks, HalfPrecisionNormsRoundOnceAfterTheDivision) {
 }
 
 TEST(Blocks, RotaryTurnsPairedHalvesAndLeavesTheRest) {
-  const SequenceContext context = RotaryContext(RotaryConfig(), 3, {.dtype = at::kDouble});
+  const SequenceContext context = RotaryContext(RotaryConfig(), Text(3), {.dtype = at::kDouble});
   ASSERT_EQ(context.cos.sizes(), (std::vector<int64_t>{3, 4}));
   torch::manual_seed(1);
   const at::Tensor x = Double({1, 2, 3, 8});
@@ -63,10 +66,10 @@ TEST(Blocks, Llama3ScalingSlowsLongWavesOnly) {
   config.rotary_dim = 8;
   config.rope_theta = 1e6;
   const ComputeOptions options = {.dtype = at::kDouble};
-  const SequenceContext plain = RotaryContext(config, 2, options);
+  const SequenceContext plain = RotaryContext(config, Text(2), options);
   config.rope_scaling = {
       .factor = 8, .low_freq_factor = 1, .high_freq_factor = 4, .original_max_position = 300};
-  const SequenceContext scaled = RotaryContext(config, 2, options);
+  const SequenceContext scaled = RotaryContext(config, Text(2), options);
   const at::Tensor before = plain.sin[1].asin(), after = scaled.sin[1].asin();
   EXPECT_EQ(after[0].item<double>(), before[0].item<double>());  // wavelength 2 pi < 300 / 4
   // wavelength 2 pi * 1e6^(1/4) = 198.7 between 300 / 4 and 300: blended
@@ -78,11 +81,11 @@ TEST(Blocks, Llama3ScalingSlowsLongWavesOnly) {
 TEST(Blocks, LinearScalingSlowsAllWavesButTheLocalOnes) {
   ModelConfig config = RotaryConfig();
   const ComputeOptions options = {.dtype = at::kDouble};
-  const SequenceContext plain = RotaryContext(config, 3, options);
+  const SequenceContext plain = RotaryContext(config, Text(3), options);
   EXPECT_FALSE(plain.local_cos.defined());
   config.rope_factor = 2;
   config.local_rope_theta = 100;
-  const SequenceContext scaled = RotaryContext(config, 3, options);
+  const SequenceContext scaled = RotaryContext(config, Text(3), options);
   EXPECT_TRUE(at::equal(scaled.sin[2], plain.sin[1]));
   EXPECT_TRUE(at::equal(scaled.cos[2], plain.cos[1]));
   EXPECT_TRUE(at::equal(scaled.local_sin, plain.sin));

@@ -41,18 +41,25 @@ struct FamilyKeys {
   RopeKeys rope = {};
   ShapeDefaults shape = {};
   double query_pre_attn_scalar = 0;
+  bool mixture = false;        // may be a mixture of experts
+  bool shared_expert = false;  // which then has a shared expert, and normed weights always
+  bool mtp = false;
 };
 
 constexpr int64_t kDefaultWindow = 4096, kDefaultWindowLayers = 28, kDefaultPattern = 6;
 
-constexpr std::array<FamilyKeys, 6> kFamilies = {{
+constexpr std::array<FamilyKeys, 7> kFamilies = {{
     {.family = "llama", .mlp_bias = true},
     {.family = "mistral", .rule = LayerRule::kSliding, .attention_bias = false},
     {.family = "qwen2", .rule = LayerRule::kUpperSliding, .attention_bias = false},
     {.family = "qwen3", .rule = LayerRule::kUpperSliding},
+    {.family = "qwen3_moe", .rule = LayerRule::kUpperSliding, .mixture = true},
     {.family = "qwen3_5",
      .rule = LayerRule::kHybrid,
-     .rope = {.fraction = 0.25, .partial_rotary = true}},
+     .rope = {.fraction = 0.25, .partial_rotary = true, .sections = true},
+     .mixture = true,
+     .shared_expert = true,
+     .mtp = true},
     {.family = "gemma3",
      .rule = LayerRule::kPattern,
      .tied_head = true,
@@ -184,8 +191,8 @@ void RefuseUnsupported(ConfigReader& reader, const FamilyKeys& keys) {
     reader.Refuse(fmt::format("output_gate_type {} is not supported, expected swish", gate));
   }
   for (const char* key : {"num_experts", "num_local_experts"}) {
-    if (reader.Has(key)) {
-      reader.Refuse(fmt::format("{}: mixtures of experts are not supported", key));
+    if (reader.Has(key) && !keys.mixture) {
+      reader.Refuse(fmt::format("{}: mixtures of experts are not supported in this family", key));
     }
   }
   for (const char* key : {"final_logit_softcapping", "attn_logit_softcapping"}) {
@@ -215,7 +222,8 @@ void ParseShape(ConfigReader& reader, const FamilyKeys& keys, ModelConfig& confi
         fmt::format("num_hidden_layers is {}, expected 1 to {}", config.num_layers, kMostLayers));
     config.num_layers = 1;
   }
-  config.intermediate_size = size("intermediate_size", shape.intermediate_size);
+  config.intermediate_size = config.mixture ? config.mixture->expert_size
+                                            : size("intermediate_size", shape.intermediate_size);
   config.num_heads = size("num_attention_heads", shape.num_heads);
   config.num_kv_heads =
       size("num_key_value_heads", shape.num_kv_heads > 0 ? shape.num_kv_heads : config.num_heads);
@@ -232,6 +240,41 @@ void ParseShape(ConfigReader& reader, const FamilyKeys& keys, ModelConfig& confi
     reader.Refuse(fmt::format("{} attention heads are no multiple of {} key-value heads",
                               config.num_heads, config.num_kv_heads));
   }
+}
+
+void ParseMixture(ConfigReader& reader, const FamilyKeys& keys, ModelConfig& config) {
+  const char* experts = reader.Has("num_experts") ? "num_experts" : "num_local_experts";
+  MixtureConfig mixture{.experts = reader.Int(experts),
+                        .experts_per_token = reader.Int("num_experts_per_tok"),
+                        .expert_size = reader.Int("moe_intermediate_size")};
+  if (keys.shared_expert) {
+    mixture.shared_size = reader.Int("shared_expert_intermediate_size");
+  } else {
+    mixture.normalize = reader.BoolOr("norm_topk_prob", false);
+  }
+  if (mixture.experts_per_token > mixture.experts) {
+    reader.Refuse(fmt::format("num_experts_per_tok is {}, expected at most num_experts, {}",
+                              mixture.experts_per_token, mixture.experts));
+    mixture.experts_per_token = mixture.experts;
+  }
+  if (reader.IntOr("decoder_sparse_step", 1) != 1) {
+    reader.Refuse("decoder_sparse_step: only 1, experts in every layer, is supported");
+  }
+  if (reader.Has("mlp_only_layers") && !reader.object()["mlp_only_layers"].empty()) {
+    reader.Refuse("mlp_only_layers: layers without experts are not supported");
+  }
+  config.mixture = mixture;
+}
+
+// Tokens that stand for an image and around it; -1 for one that the vocabulary does not have.
+void ParseImageTokens(ConfigReader& whole, ModelConfig& config) {
+  const auto token = [&](const char* key) {
+    const int64_t id = whole.Has(key) ? whole.Int(key, INT32_MAX, 0) : -1;
+    return id < config.vocab_size ? id : -1;
+  };
+  config.image_token = token("image_token_id");
+  config.vision_start_token = token("vision_start_token_id");
+  config.vision_end_token = token("vision_end_token_id");
 }
 
 void ParseDeltaNet(ConfigReader& reader, ModelConfig& config) {
@@ -261,11 +304,17 @@ Result<ModelConfig> ModelConfig::Parse(const Json& json, const std::string& orig
                     nested ? origin + ": text_config" : origin);
   config.tied_head =
       whole.BoolOr("tie_word_embeddings", text.BoolOr("tie_word_embeddings", keys.tied_head));
+  const bool moe = keys.mixture && (keys.family == "qwen3_moe" || text.Has("num_experts"));
+  if (moe) ParseMixture(text, keys, config);
   ParseShape(text, keys, config);
   RefuseUnsupported(text, keys);
   ParseRope(text, keys.rope, config);
   ParseLayers(text, keys.rule, config);
   if (keys.rule == LayerRule::kHybrid) ParseDeltaNet(text, config);
+  if (keys.mtp && text.Has("mtp_num_hidden_layers")) {
+    config.mtp_layers = text.Int("mtp_num_hidden_layers", kMostLayers, 0);
+  }
+  ParseImageTokens(whole, config);
   PQ_RETURN_IF_ERROR(whole.status());
   PQ_RETURN_IF_ERROR(text.status());
   return config;

@@ -23,6 +23,13 @@ struct Llama3RopeScaling {
 
 enum class LayerKind { kFullAttention, kSlidingAttention, kLinearAttention };
 
+// Mixture of experts, in every layer.
+struct MixtureConfig {
+  int64_t experts = 0, experts_per_token = 0;
+  int64_t expert_size = 0, shared_size = 0;  // intermediate sizes; no shared expert: 0
+  bool normalize = true;  // the weights of a token's experts are scaled to sum to one
+};
+
 struct ModelConfig {
   std::string architecture;  // config.json "architectures"[0]
   std::string model_type;    // the profile's family: "llama", "qwen3", "qwen3_5"
@@ -42,6 +49,12 @@ struct ModelConfig {
   // Gemma 3
   double local_rope_theta = 0;       // of sliding layers, unscaled; 0: they turn as the others do
   double query_pre_attn_scalar = 0;  // scores are divided by its square root; 0: head_dim
+  std::optional<MixtureConfig> mixture;
+  int64_t mtp_layers = 0;  // of the MTP head
+  // Frequencies that turn by a token's row and by its column in its image, every third one from
+  // the second and third on; 0: all turn by time
+  int64_t row_frequencies = 0, column_frequencies = 0;
+  int64_t image_token = -1, vision_start_token = -1, vision_end_token = -1;
   // Gated DeltaNet
   int64_t linear_key_heads = 0, linear_value_heads = 0, linear_key_dim = 0, linear_value_dim = 0,
           linear_conv_kernel = 0;

@@ -60,6 +60,28 @@ void ParseScaling(ConfigReader& rope, ConfigReader& body, ModelConfig& config) {
   }
 }
 
+// "mrope_section": frequencies for time, rows and columns, interleaved.
+void ParseSections(ConfigReader& rope, ModelConfig& config) {
+  if (!rope.Has("mrope_section")) return;
+  const Json& sections = rope.object()["mrope_section"];
+  int64_t sum = 0;
+  bool valid = sections.is_array() && sections.size() == 3;
+  for (const Json& section : sections) {
+    valid = valid && section.is_number_integer() && section.get<int64_t>() >= 0;
+    if (valid) sum += section.get<int64_t>();
+  }
+  if (!valid || sum != config.rotary_dim / 2) {
+    rope.Refuse(fmt::format("mrope_section is {}, expected three counts that sum to {}",
+                            sections.dump(), config.rotary_dim / 2));
+    return;
+  }
+  if (!rope.BoolOr("mrope_interleaved", false)) {
+    rope.Refuse("mrope_interleaved: false is not supported");
+  }
+  config.row_frequencies = sections[1].get<int64_t>();
+  config.column_frequencies = sections[2].get<int64_t>();
+}
+
 void ParseLocal(ConfigReader& rope, ConfigReader& body, double theta, ModelConfig& config) {
   config.local_rope_theta = rope.Has("rope_theta") ? rope.Double("rope_theta")
                                                    : body.DoubleOr("rope_local_base_freq", theta);
@@ -90,6 +112,7 @@ void ParseRope(ConfigReader& body, const RopeKeys& keys, ModelConfig& config) {
   ParseScaling(rope, body, config);
   ConfigReader sliding(by_type ? Settings(outer, kSliding) : NoSettings(),
                        outer.origin() + ": " + kSliding);
+  if (keys.sections) ParseSections(rope, config);
   if (local) ParseLocal(sliding, body, keys.local_theta, config);
   for (const ConfigReader* reader : {&outer, &rope, &sliding}) {
     if (!reader->status().ok()) body.Refuse(reader->status());

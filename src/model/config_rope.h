@@ -15,9 +15,11 @@ struct RopeKeys {
   bool partial_rotary = false;  // a fraction below 1 is implemented
   double theta = 10000;         // default of rope_theta
   double local_theta = 0;       // default of rope_local_base_freq; 0: no angles of their own
+  bool sections = false;        // "mrope_section" gives rows and columns frequencies of their own
 };
 
-// Sets rope_theta, rotary_dim (from head_dim), rope_factor, rope_scaling and local_rope_theta.
+// Sets rope_theta, rotary_dim (from head_dim), rope_factor, rope_scaling, local_rope_theta and the
+// frequencies of rows and columns.
 // Errors go to `body`.
 void ParseRope(ConfigReader& body, const RopeKeys& keys, ModelConfig& config);
 

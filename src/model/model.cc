@@ -7,6 +7,7 @@
 #include "model/blocks.h"
 #include "model/checkpoint_tensors.h"
 #include "model/transformer.h"
+#include "model/vision.h"
 
 namespace prismaquant {
 namespace {
@@ -16,7 +17,7 @@ std::unique_ptr<TransformerModel> MakeFamily(std::string_view family) {
   if (family == "llama") return MakeLlama();
   if (family == "mistral") return MakeMistral();
   if (family == "qwen2") return MakeQwen2();
-  if (family == "qwen3") return MakeQwen3();
+  if (family == "qwen3" || family == "qwen3_moe") return MakeQwen3();
   return MakeQwen35();
 }
 
@@ -32,16 +33,23 @@ std::string BodyPrefix(const Checkpoint& checkpoint, const Profile& profile) {
 }  // namespace
 
 at::Tensor RunLayer(const DecoderLayer& layer, const SequenceContext& context,
-                    const at::Tensor& hidden, LinearRunner& linears) {
-  LayerState state{.hidden = hidden, .held = {}};
+                    const at::Tensor& hidden, LinearRunner& linears, at::Tensor* routing) {
+  LayerState state{.hidden = hidden};
   for (int s = 0; s < layer.num_stages(); ++s) {
-    const at::Tensor x = layer.StageInput(s, context, state);
+    const std::vector<at::Tensor> inputs = layer.StageInputs(s, context, state);
     std::vector<at::Tensor> outputs;
-    for (const LinearInfo& linear : layer.stage(s)) outputs.push_back(linears.Apply(linear, x));
-    layer.StageOutput(s, context, std::move(outputs), state);
+    outputs.reserve(inputs.size());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      outputs.push_back(linears.Apply(layer.stage(s)[i], inputs[i]));
+    }
+    layer.StageOutputs(s, context, std::move(outputs), state);
   }
+  if (routing != nullptr) *routing = state.routing;
   return state.hidden;
 }
+
+Model::Model() = default;
+Model::~Model() = default;
 
 Result<std::unique_ptr<Model>> Model::Open(const Checkpoint& checkpoint) {
   PQ_ASSIGN_OR_RETURN(
@@ -52,6 +60,34 @@ Result<std::unique_ptr<Model>> Model::Open(const Checkpoint& checkpoint) {
   std::unique_ptr<TransformerModel> model = MakeFamily(profile->family);
   PQ_RETURN_IF_ERROR(model->Initialize(checkpoint, std::move(config), *profile));
   return std::unique_ptr<Model>(std::move(model));
+}
+
+const PartLayers* Model::FindPart(Part part) const {
+  for (const PartLayers& layers : parts_) {
+    if (layers.part == part) return &layers;
+  }
+  return nullptr;
+}
+
+Part Model::PartOfLayer(int layer) const {
+  for (const PartLayers& layers : parts_) {
+    if (layer < layers.end) return layers.part;
+  }
+  return parts_.back().part;
+}
+
+std::string Model::LayerPrefix(int layer) const {
+  switch (PartOfLayer(layer)) {
+    case Part::kText:
+      return fmt::format("{}layers.{}.", config_.body_prefix, layer);
+    case Part::kMtp:
+      return fmt::format("mtp.layers.{}.", layer - FindPart(Part::kMtp)->first);
+    case Part::kVision:
+      return vision_->BlockPrefix(layer - FindPart(Part::kVision)->first);
+    case Part::kHead:
+      break;
+  }
+  return "";
 }
 
 std::vector<LinearInfo> Model::LayerLinears(int layer) const {
@@ -78,12 +114,37 @@ Result<at::Tensor> Model::Embed(const at::Tensor& ids, const ComputeOptions& opt
   return embedded * at::scalar_tensor(embedding_scale(), embedded.options());
 }
 
+Result<at::Tensor> Model::MtpInput(const at::Tensor& next_embeddings, const at::Tensor& normed,
+                                   const ComputeOptions& options) const {
+  const auto norm = [&](const char* name, const at::Tensor& x) -> Result<at::Tensor> {
+    PQ_ASSIGN_OR_RETURN(
+        const at::Tensor weight,
+        checkpoint_tensors::Load(*checkpoint_, name, options.dtype, options.device));
+    return RmsNormPlusOne(x, weight, config_.rms_norm_eps);
+  };
+  PQ_ASSIGN_OR_RETURN(const at::Tensor embedding,
+                      norm("mtp.pre_fc_norm_embedding.weight", next_embeddings));
+  PQ_ASSIGN_OR_RETURN(const at::Tensor hidden, norm("mtp.pre_fc_norm_hidden.weight", normed));
+  return at::cat({embedding, hidden}, -1);
+}
+
 SequenceContext Model::Context(int64_t tokens, const ComputeOptions& options) const {
-  return RotaryContext(config_, tokens, options);
+  return RotaryContext(config_, at::arange(tokens, at::kLong).expand({3, tokens}), options);
+}
+
+SequenceContext Model::Context(const at::Tensor& positions, const ComputeOptions& options) const {
+  return RotaryContext(config_, positions, options);
 }
 
 Result<at::Tensor> Model::LoadWeight(const LinearInfo& linear) const {
-  return checkpoint_tensors::Map(*checkpoint_, linear.name + ".weight");
+  if (linear.packed.tensor.empty()) {
+    return checkpoint_tensors::Map(*checkpoint_, linear.name + ".weight");
+  }
+  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(linear.packed.tensor));
+  const at::Tensor weight =
+      TensorFromView(view)[linear.packed.expert].narrow(0, linear.packed.row, linear.out);
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, linear.packed.tensor, weight));
+  return weight;
 }
 
 Result<at::Tensor> Model::LoadBias(const LinearInfo& linear) const {
@@ -92,8 +153,10 @@ Result<at::Tensor> Model::LoadBias(const LinearInfo& linear) const {
 }
 
 std::vector<std::string> Model::LayerTensors(int layer) const {
-  const std::string prefix = fmt::format("{}layers.{}.", config_.body_prefix, layer);
   std::vector<std::string> names;
+  if (layer >= num_layers()) return names;
+  const bool head = PartOfLayer(layer) == Part::kHead;
+  const std::string prefix = head ? "lm_head." : LayerPrefix(layer);
   for (const std::string& name : checkpoint_->names()) {
     if (name.starts_with(prefix)) names.push_back(name);
   }

@@ -108,7 +108,13 @@ class ModelTest : public ::testing::Test {
 TEST_F(ModelTest, InventoryListsLinearsInLayerAndStageOrder) {
   const Status opened = Open();
   ASSERT_TRUE(opened.ok()) << opened.message();
-  ASSERT_EQ(model_->linears().size(), 14u);
+  ASSERT_EQ(model_->linears().size(), 15u);
+  const LinearInfo& head = model_->linears().back();
+  EXPECT_EQ(head.name, "lm_head");
+  EXPECT_EQ(head.part, Part::kHead);
+  EXPECT_EQ(head.layer, 2);
+  EXPECT_FALSE(head.allocatable);
+  EXPECT_EQ(model_->num_layers(), 3);
   const std::vector<LinearInfo> layer = model_->LayerLinears(1);
   std::vector<std::string> names;
   std::vector<int> stages;

@@ -20,7 +20,7 @@ Status RunBody(const Model& model, const at::Tensor& ids, const ComputeOptions& 
     model.checkpoint().WillNeed(model.LayerTensors(layer + 1));
     hidden = RunLayer(*block, context, hidden, *linears);
   }
-  PQ_ASSIGN_OR_RETURN(const auto head, model.LoadHead(options));
+  PQ_ASSIGN_OR_RETURN(const auto head, model.LoadHead(Part::kText, options));
   logits = head->Logits(hidden);
   return {};
 }

@@ -37,19 +37,25 @@ std::vector<Profile> MakeProfiles() {
        .fused = AttentionAndMlp(),
        .unquantized = {},
        .vllm_names = {}},
+      {.family = "qwen3_moe",
+       .architectures = {"Qwen3MoeForCausalLM"},
+       .fused = AttentionAndMlp(),
+       .unquantized = {"gate"},
+       .vllm_names = {}},
       {.family = "qwen3_5",
-       .architectures = {"Qwen3_5ForConditionalGeneration"},
+       .architectures = {"Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"},
        .fused = hybrid,
-       .unquantized = {"in_proj_a", "in_proj_b"},
+       .unquantized = {"in_proj_a", "in_proj_b", "gate", "shared_expert_gate"},
        .vllm_names = {{"model.visual.", "visual."},
                       {"lm_head", "language_model.lm_head"},
                       {"model.language_model.", "language_model.model."}},
        .text_names = {{"model.language_model.", "model."}},
-       .body_prefixes = {"model.language_model."}},
+       .body_prefixes = {"model.language_model."},
+       .vision = true},
       {.family = "qwen3_5",
-       .architectures = {"Qwen3_5ForCausalLM"},
+       .architectures = {"Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"},
        .fused = hybrid,
-       .unquantized = {"in_proj_a", "in_proj_b"},
+       .unquantized = {"in_proj_a", "in_proj_b", "gate", "shared_expert_gate"},
        .vllm_names = {{"model.language_model.", "model."}}},
       {.family = "gemma3",
        .architectures = {"Gemma3ForCausalLM"},
@@ -85,6 +91,10 @@ const Profile* FindProfile(std::string_view architecture) {
 }
 
 std::string FusedName(const Profile& profile, const std::string& linear) {
+  // Experts: vLLM joins all of a layer.
+  if (const size_t experts = linear.find(".experts."); experts != std::string::npos) {
+    return linear.substr(0, experts) + ".experts";
+  }
   const size_t dot = linear.rfind('.');
   const std::string leaf = linear.substr(dot + 1);
   for (const FusedSet& set : profile.fused) {

@@ -33,6 +33,7 @@ struct Profile {
   std::vector<PrefixRename> text_names = {};
   // where the body's tensors may stand, the newest spelling first
   std::vector<std::string_view> body_prefixes = {"model."};
+  bool vision = false;  // a tower of Qwen's kind under "model.visual."
 };
 
 // Null if no profile lists the architecture.
@@ -40,7 +41,7 @@ const Profile* FindProfile(std::string_view architecture);
 std::span<const Profile> AllProfiles();
 
 // "model.layers.3.self_attn.q_proj" -> "model.layers.3.self_attn.qkv_proj" by the profile's fused
-// sets; the name itself if it is in none.
+// sets; all experts of a layer -> "model.layers.3.mlp.experts"; the name itself if it is in none.
 std::string FusedName(const Profile& profile, const std::string& linear);
 // The module name that vLLM gives to a checkpoint's module.
 std::string VllmName(const Profile& profile, const std::string& module);

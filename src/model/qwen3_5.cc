@@ -74,8 +74,8 @@ class GatedDeltaNet : public Mixer {
   DeltaNetParameters parameters_;
 };
 
-// Qwen3.5 / Qwen3.6 dense text body: Gated DeltaNet layers with a gated full-attention layer in
-// between.
+// Qwen3.5 / Qwen3.6 text body, dense or with experts: Gated DeltaNet layers with a gated
+// full-attention layer in between.
 class Qwen35 : public TransformerModel {
  protected:
   SkeletonVariant skeleton() const override { return {.norm = NormKind::kPlusOne}; }
@@ -123,9 +123,7 @@ class Qwen35 : public TransformerModel {
   }
 
  private:
-  bool IsDeltaNet(int layer) const {
-    return config_.layers[static_cast<size_t>(layer)] == LayerKind::kLinearAttention;
-  }
+  bool IsDeltaNet(int layer) const { return KindOf(layer) == LayerKind::kLinearAttention; }
   int64_t Channels() const {
     return 2 * config_.linear_key_heads * config_.linear_key_dim +
            config_.linear_value_heads * config_.linear_value_dim;

@@ -3,63 +3,20 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
-#include <cmath>
+#include <string_view>
 #include <utility>
 
-#include "model/blocks.h"
 #include "model/checkpoint_tensors.h"
+#include "model/vision.h"
 
 namespace prismaquant {
 namespace {
 
+constexpr char kHead[] = "lm_head";
+constexpr char kMtpJoin[] = "mtp.fc";
+
 std::string ShapeText(const std::vector<int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
-}
-
-class SoftmaxAttention : public Mixer {
- public:
-  SoftmaxAttention(const ModelConfig& config, const AttentionVariant& variant, at::Tensor q_norm,
-                   at::Tensor k_norm)
-      : head_dim_(config.head_dim),
-        eps_(config.rms_norm_eps),
-        variant_(variant),
-        q_norm_(std::move(q_norm)),
-        k_norm_(std::move(k_norm)) {}
-
-  at::Tensor Mix(const SequenceContext& context,
-                 const std::vector<at::Tensor>& projections) const override {
-    at::Tensor q = Heads(projections[0], variant_.gated_query ? 2 * head_dim_ : head_dim_);
-    at::Tensor k = Heads(projections[1], head_dim_);
-    const at::Tensor v = Heads(projections[2], head_dim_).transpose(1, 2);
-    at::Tensor gate;
-    if (variant_.gated_query) {
-      gate = q.narrow(-1, head_dim_, head_dim_).reshape({q.size(0), q.size(1), -1});
-      q = q.narrow(-1, 0, head_dim_);
-    }
-    if (variant_.norm_heads) {
-      q = ApplyNorm(variant_.norm, q, q_norm_, eps_);
-      k = ApplyNorm(variant_.norm, k, k_norm_, eps_);
-    }
-    const at::Tensor& cos = variant_.local_rotary ? context.local_cos : context.cos;
-    const at::Tensor& sin = variant_.local_rotary ? context.local_sin : context.sin;
-    const at::Tensor y = CausalAttention(ApplyRotary(q.transpose(1, 2), cos, sin),
-                                         ApplyRotary(k.transpose(1, 2), cos, sin), v,
-                                         variant_.scale, variant_.window);
-    return gate.defined() ? y * gate.sigmoid() : y;
-  }
-
- private:
-  // [sequences, tokens, heads * dim] -> [sequences, tokens, heads, dim]
-  static at::Tensor Heads(const at::Tensor& x, int64_t dim) { return x.unflatten(-1, {-1, dim}); }
-
-  int64_t head_dim_;
-  double eps_;
-  AttentionVariant variant_;
-  at::Tensor q_norm_, k_norm_;
-};
-
-at::Tensor Activate(MlpActivation activation, const at::Tensor& gate) {
-  return activation == MlpActivation::kSilu ? at::silu(gate) : at::gelu(gate, "tanh");
 }
 
 // Names of a layer's norms, relative to the layer; null where it has none.
@@ -75,82 +32,20 @@ NormNames NamesOfNorms(bool post_norms) {
           "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"};
 }
 
-// Weights of a layer's norms; undefined where it has none.
-struct LayerNorms {
-  at::Tensor mixer_input, mixer_output, mlp_input, mlp_output;
-};
-
-class PreNormLayer : public DecoderLayer {
- public:
-  PreNormLayer(std::vector<std::vector<LinearInfo>> stages, std::unique_ptr<Mixer> mixer,
-               const SkeletonVariant& skeleton, double eps, LayerNorms norms)
-      : mixer_(std::move(mixer)), skeleton_(skeleton), eps_(eps), norms_(std::move(norms)) {
-    stages_ = std::move(stages);
-  }
-
-  at::Tensor StageInput(int s, const SequenceContext&, LayerState& state) const override {
-    if (s == 0) return Norm(state.hidden, norms_.mixer_input);
-    if (s == 2) return Norm(state.hidden, norms_.mlp_input);
-    return state.held.front();
-  }
-
-  void StageOutput(int s, const SequenceContext& context, std::vector<at::Tensor> outputs,
-                   LayerState& state) const override {
-    if (s == 0) {
-      state.held = {mixer_->Mix(context, outputs)};
-    } else if (s == 2) {
-      state.held = {Activate(skeleton_.activation, outputs[0]) * outputs[1]};
-    } else {
-      state.hidden =
-          state.hidden + Norm(outputs[0], s == 1 ? norms_.mixer_output : norms_.mlp_output);
-      state.held.clear();
-    }
-  }
-
- private:
-  at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) const {
-    return weight.defined() ? ApplyNorm(skeleton_.norm, x, weight, eps_) : x;
-  }
-
-  std::unique_ptr<Mixer> mixer_;
-  SkeletonVariant skeleton_;
-  double eps_;
-  LayerNorms norms_;
-};
-
-class NormedHead : public OutputHead {
- public:
-  NormedHead(NormKind norm, double eps, at::Tensor norm_weight, at::Tensor weight)
-      : norm_(norm), eps_(eps), norm_weight_(std::move(norm_weight)), weight_(std::move(weight)) {}
-  at::Tensor Logits(const at::Tensor& hidden) const override {
-    return at::linear(ApplyNorm(norm_, hidden, norm_weight_, eps_), weight_);
-  }
-
-  int64_t vocab_size() const override { return weight_.size(0); }
-
- private:
-  NormKind norm_;
-  double eps_;
-  at::Tensor norm_weight_, weight_;
-};
+bool IsQuantized(const Checkpoint& checkpoint, const std::string& linear) {
+  return checkpoint.Find(linear + ".weight_packed") != nullptr ||
+         checkpoint.Find(linear + ".weight_scale") != nullptr;
+}
 
 }  // namespace
 
-at::Tensor ApplyNorm(NormKind kind, const at::Tensor& x, const at::Tensor& weight, double eps) {
-  return kind == NormKind::kPlain ? RmsNorm(x, weight, eps) : RmsNormPlusOne(x, weight, eps);
-}
-
-std::unique_ptr<Mixer> MakeAttention(const ModelConfig& config, const AttentionVariant& variant,
-                                     at::Tensor q_norm, at::Tensor k_norm) {
-  return std::make_unique<SoftmaxAttention>(config, variant, std::move(q_norm), std::move(k_norm));
-}
-
-std::string TransformerModel::LayerPrefix(int layer) const {
-  return fmt::format("{}layers.{}.", config_.body_prefix, layer);
+LayerKind TransformerModel::KindOf(int layer) const {
+  return layer < config_.num_layers ? config_.layers[static_cast<size_t>(layer)]
+                                    : LayerKind::kFullAttention;
 }
 
 AttentionVariant TransformerModel::attention(int layer) const {
-  const bool slides = config_.layers[static_cast<size_t>(layer)] == LayerKind::kSlidingAttention;
+  const bool slides = KindOf(layer) == LayerKind::kSlidingAttention;
   AttentionVariant variant;
   variant.norm = skeleton().norm;
   variant.input_bias = config_.attention_bias;
@@ -200,33 +95,98 @@ std::vector<std::vector<LinearShape>> TransformerModel::MlpLinears() const {
           {{"mlp.down_proj", h, m, config_.mlp_bias}}};
 }
 
+DType TransformerModel::StoredType(const std::string& tensor) const {
+  const TensorView* view = checkpoint_->Find(tensor);
+  const bool plain = view != nullptr && view->dtype != DType::kF8E4M3;
+  const TensorView* source =
+      plain ? view : checkpoint_->Find(config_.body_prefix + "embed_tokens.weight");
+  return source != nullptr ? source->dtype : DType::kBF16;
+}
+
 LinearInfo TransformerModel::Describe(int layer, int stage, const LinearShape& shape) const {
   LinearInfo info;
-  info.name = LayerPrefix(layer) + shape.name;
+  info.name = (shape.name == kMtpJoin ? "" : LayerPrefix(layer)) + shape.name;
   info.out = shape.out;
   info.in = shape.in;
+  info.part = PartOfLayer(layer);
   info.layer = layer;
   info.stage = stage;
   info.has_bias = shape.bias;
   info.unit = FusedName(*profile_, info.name);
+  info.scale_group = info.unit;
+  info.input_group = info.unit;
   const std::string leaf = info.name.substr(info.name.rfind('.') + 1);
   for (const std::string_view name : profile_->unquantized) info.allocatable &= leaf != name;
-  const TensorView* weight = checkpoint_->Find(info.name + ".weight");
-  const TensorView* embedding = checkpoint_->Find(config_.body_prefix + "embed_tokens.weight");
-  const bool plain = weight != nullptr && weight->dtype != DType::kF8E4M3;
-  if (plain || embedding != nullptr) info.dtype = plain ? weight->dtype : embedding->dtype;
+  info.dtype = StoredType(info.name + ".weight");
   return info;
 }
 
-std::vector<std::vector<LinearInfo>> TransformerModel::LayerStages(int layer) const {
-  std::vector<std::vector<LinearShape>> shapes = MixerLinears(layer);
-  for (std::vector<LinearShape>& stage : MlpLinears()) shapes.push_back(std::move(stage));
-  std::vector<std::vector<LinearInfo>> stages(shapes.size());
+LinearInfo TransformerModel::DescribeExpert(int layer, int stage, int64_t expert,
+                                            const char* projection) const {
+  const MixtureConfig& mixture = *config_.mixture;
+  const bool down = projection == std::string_view("down_proj");
+  const std::string all = LayerPrefix(layer) + "mlp.experts";
+  LinearInfo info = Describe(layer, stage,
+                             {.name = fmt::format("mlp.experts.{}.{}", expert, projection),
+                              .out = down ? config_.hidden_size : mixture.expert_size,
+                              .in = down ? mixture.expert_size : config_.hidden_size});
+  info.unit = all;
+  info.scale_group = fmt::format("{}.{}.{}", all, expert, down ? "w2" : "w13");
+  info.input_group = all + (down ? ".w2" : ".w13");
+  info.is_expert = true;
+  const std::string packed = all + (down ? ".down_proj" : ".gate_up_proj");
+  if (checkpoint_->Find(packed) == nullptr) return info;
+  const bool up = projection == std::string_view("up_proj");
+  info.packed = {.tensor = packed, .expert = expert, .row = up ? mixture.expert_size : 0};
+  info.dtype = StoredType(packed);
+  return info;
+}
+
+LinearInfo TransformerModel::DescribeHead() const {
+  LinearInfo info = Describe(FindPart(Part::kHead)->first, 0,
+                             {.name = kHead, .out = config_.vocab_size, .in = config_.hidden_size});
+  info.allocatable = false;
+  return info;
+}
+
+void TransformerModel::AppendMixture(int layer, LinearStages& stages) const {
+  const MixtureConfig& mixture = *config_.mixture;
+  const int64_t h = config_.hidden_size, s = mixture.shared_size;
+  const auto first = static_cast<int>(stages.size());
+  stages.resize(stages.size() + 3);
+  const auto end = stages.end();
+  std::vector<LinearInfo>&routing = *(end - 3), &inputs = *(end - 2), &outputs = *(end - 1);
+  routing.push_back(Describe(layer, first, {"mlp.gate", mixture.experts, h}));
+  for (int64_t e = 0; e < mixture.experts; ++e) {
+    inputs.push_back(DescribeExpert(layer, first + 1, e, "gate_proj"));
+    inputs.push_back(DescribeExpert(layer, first + 1, e, "up_proj"));
+    outputs.push_back(DescribeExpert(layer, first + 2, e, "down_proj"));
+  }
+  if (s == 0) return;
+  for (const char* name : {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"}) {
+    routing.push_back(Describe(layer, first, {name, s, h}));
+  }
+  routing.push_back(Describe(layer, first, {"mlp.shared_expert_gate", 1, h}));
+  inputs.push_back(Describe(layer, first + 1, {"mlp.shared_expert.down_proj", h, s}));
+}
+
+LinearStages TransformerModel::LayerStages(int layer) const {
+  if (PartOfLayer(layer) == Part::kHead) return {{DescribeHead()}};
+  std::vector<std::vector<LinearShape>> shapes;
+  if (PartOfLayer(layer) == Part::kMtp) {
+    shapes.push_back({{kMtpJoin, config_.hidden_size, 2 * config_.hidden_size}});
+  }
+  for (std::vector<LinearShape>& stage : MixerLinears(layer)) shapes.push_back(std::move(stage));
+  if (!config_.mixture) {
+    for (std::vector<LinearShape>& stage : MlpLinears()) shapes.push_back(std::move(stage));
+  }
+  LinearStages stages(shapes.size());
   for (size_t s = 0; s < shapes.size(); ++s) {
     for (const LinearShape& shape : shapes[s]) {
       stages[s].push_back(Describe(layer, static_cast<int>(s), shape));
     }
   }
+  if (config_.mixture) AppendMixture(layer, stages);
   return stages;
 }
 
@@ -258,9 +218,54 @@ Status TransformerModel::CheckShape(const std::string& tensor,
 
 Status TransformerModel::CheckLinear(const LinearInfo& linear) const {
   if (linear.has_bias) PQ_RETURN_IF_ERROR(CheckShape(linear.name + ".bias", {linear.out}));
-  const bool quantized = checkpoint_->Find(linear.name + ".weight_packed") != nullptr ||
-                         checkpoint_->Find(linear.name + ".weight_scale") != nullptr;
-  return quantized ? Status() : CheckShape(linear.name + ".weight", {linear.out, linear.in});
+  if (!linear.packed.tensor.empty()) {
+    const int64_t experts = config_.mixture->experts;
+    const bool halves = linear.packed.tensor.ends_with("gate_up_proj");
+    return CheckShape(linear.packed.tensor,
+                      {experts, halves ? 2 * linear.out : linear.out, linear.in});
+  }
+  return IsQuantized(*checkpoint_, linear.name)
+             ? Status()
+             : CheckShape(linear.name + ".weight", {linear.out, linear.in});
+}
+
+Status TransformerModel::CheckDecoderLayer(int layer) {
+  for (const ParameterShape& parameter : LayerParameters(layer)) {
+    PQ_RETURN_IF_ERROR(CheckShape(LayerPrefix(layer) + parameter.name, parameter.shape));
+  }
+  for (const std::vector<LinearInfo>& stage : LayerStages(layer)) {
+    for (const LinearInfo& linear : stage) {
+      PQ_RETURN_IF_ERROR(CheckLinear(linear));
+      linears_.push_back(linear);
+    }
+  }
+  return {};
+}
+
+Status TransformerModel::CheckMtp() {
+  for (const char* name : {"norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"}) {
+    PQ_RETURN_IF_ERROR(CheckShape(fmt::format("mtp.{}.weight", name), {config_.hidden_size}));
+  }
+  return CheckDecoderLayer(FindPart(Part::kMtp)->first);
+}
+
+Status TransformerModel::FindParts() {
+  auto next = static_cast<int>(config_.num_layers);
+  parts_ = {{Part::kText, 0, next}};
+  const auto append = [&](Part part, int layers) {
+    parts_.push_back({part, next, next + layers});
+    next += layers;
+  };
+  if (!config_.tied_head) append(Part::kHead, 1);
+  // A head of several layers has never been published; it is passed through.
+  if (config_.mtp_layers == 1 && checkpoint_->Find("mtp.norm.weight") != nullptr) {
+    append(Part::kMtp, 1);
+  }
+  if (profile_->vision && checkpoint_->Find(VisionTower::kPatchWeight) != nullptr) {
+    PQ_ASSIGN_OR_RETURN(vision_, VisionTower::Open(*checkpoint_, next));
+    append(Part::kVision, vision_->num_blocks());
+  }
+  return {};
 }
 
 Status TransformerModel::Initialize(const Checkpoint& checkpoint, ModelConfig config,
@@ -268,29 +273,32 @@ Status TransformerModel::Initialize(const Checkpoint& checkpoint, ModelConfig co
   checkpoint_ = &checkpoint;
   config_ = std::move(config);
   profile_ = &profile;
-  const std::vector<int64_t> table = {config_.vocab_size, config_.hidden_size};
-  PQ_RETURN_IF_ERROR(CheckShape(config_.body_prefix + "embed_tokens.weight", table));
+  PQ_RETURN_IF_ERROR(FindParts());
+  PQ_RETURN_IF_ERROR(CheckShape(config_.body_prefix + "embed_tokens.weight",
+                                {config_.vocab_size, config_.hidden_size}));
   PQ_RETURN_IF_ERROR(CheckShape(config_.body_prefix + "norm.weight", {config_.hidden_size}));
-  if (!config_.tied_head) PQ_RETURN_IF_ERROR(CheckShape("lm_head.weight", table));
   for (int layer = 0; layer < config_.num_layers; ++layer) {
-    for (const ParameterShape& parameter : LayerParameters(layer)) {
-      PQ_RETURN_IF_ERROR(CheckShape(LayerPrefix(layer) + parameter.name, parameter.shape));
-    }
-    for (const std::vector<LinearInfo>& stage : LayerStages(layer)) {
-      for (const LinearInfo& linear : stage) {
-        PQ_RETURN_IF_ERROR(CheckLinear(linear));
-        linears_.push_back(linear);
-      }
-    }
+    PQ_RETURN_IF_ERROR(CheckDecoderLayer(layer));
+  }
+  if (FindPart(Part::kHead) != nullptr) {
+    linears_.push_back(DescribeHead());
+    PQ_RETURN_IF_ERROR(CheckLinear(linears_.back()));
+  }
+  if (FindPart(Part::kMtp) != nullptr) PQ_RETURN_IF_ERROR(CheckMtp());
+  if (vision_ != nullptr) {
+    linears_.insert(linears_.end(), vision_->linears().begin(), vision_->linears().end());
   }
   return {};
 }
 
-Result<std::unique_ptr<DecoderLayer>> TransformerModel::LoadLayer(
-    int layer, const ComputeOptions& options) const {
-  PQ_ASSIGN_OR_RETURN(std::unique_ptr<Mixer> mixer, LoadMixer(layer, options));
-  const NormNames names = NamesOfNorms(skeleton().post_norms);
-  LayerNorms norms;
+Result<SkeletonParts> TransformerModel::LoadSkeleton(int layer,
+                                                     const ComputeOptions& options) const {
+  SkeletonParts parts{.variant = skeleton(), .eps = config_.rms_norm_eps};
+  PQ_ASSIGN_OR_RETURN(parts.mixer, LoadMixer(layer, options));
+  parts.feed_forward = config_.mixture ? MakeMixture(*config_.mixture, parts.variant.activation)
+                                       : MakeGatedMlp(parts.variant.activation);
+  const NormNames names = NamesOfNorms(parts.variant.post_norms);
+  LayerNorms& norms = parts.norms;
   for (const auto& [name, weight] : {std::pair(names.mixer_input, &norms.mixer_input),
                                      std::pair(names.mixer_output, &norms.mixer_output),
                                      std::pair(names.mlp_input, &norms.mlp_input),
@@ -298,21 +306,44 @@ Result<std::unique_ptr<DecoderLayer>> TransformerModel::LoadLayer(
     if (name == nullptr) continue;
     PQ_ASSIGN_OR_RETURN(*weight, Parameter(layer, name, options.dtype, options.device));
   }
-  return std::unique_ptr<DecoderLayer>(std::make_unique<PreNormLayer>(
-      LayerStages(layer), std::move(mixer), skeleton(), config_.rms_norm_eps, std::move(norms)));
+  return parts;
+}
+
+Result<std::unique_ptr<DecoderLayer>> TransformerModel::LoadLayer(
+    int layer, const ComputeOptions& options) const {
+  const Part part = PartOfLayer(layer);
+  if (part == Part::kVision) {
+    return vision_->LoadBlock(layer - FindPart(Part::kVision)->first, options);
+  }
+  if (part == Part::kHead) {
+    PQ_ASSIGN_OR_RETURN(FinalNorm norm, LoadFinalNorm(Part::kText, options));
+    return MakeHeadLayer(LayerStages(layer), std::move(norm));
+  }
+  PQ_ASSIGN_OR_RETURN(SkeletonParts parts, LoadSkeleton(layer, options));
+  return part == Part::kMtp ? MakeMtpLayer(LayerStages(layer), std::move(parts))
+                            : MakeSkeleton(LayerStages(layer), std::move(parts));
+}
+
+Result<FinalNorm> TransformerModel::LoadFinalNorm(Part part, const ComputeOptions& options) const {
+  FinalNorm norm{.kind = skeleton().norm, .eps = config_.rms_norm_eps, .weight = {}};
+  const std::string name =
+      part == Part::kMtp ? "mtp.norm.weight" : config_.body_prefix + "norm.weight";
+  PQ_ASSIGN_OR_RETURN(norm.weight,
+                      checkpoint_tensors::Load(*checkpoint_, name, options.dtype, options.device));
+  return norm;
 }
 
 Result<std::unique_ptr<OutputHead>> TransformerModel::LoadHead(
-    const ComputeOptions& options) const {
-  const std::string weight_name =
+    Part part, const ComputeOptions& options, std::shared_ptr<LinearRunner> projection) const {
+  PQ_ASSIGN_OR_RETURN(FinalNorm norm, LoadFinalNorm(part, options));
+  if (projection != nullptr) {
+    return MakeOutputHead(std::move(norm), DescribeHead(), std::move(projection));
+  }
+  const std::string name =
       config_.tied_head ? config_.body_prefix + "embed_tokens.weight" : "lm_head.weight";
-  PQ_ASSIGN_OR_RETURN(at::Tensor norm_weight,
-                      checkpoint_tensors::Load(*checkpoint_, config_.body_prefix + "norm.weight",
-                                               options.dtype, options.device));
-  PQ_ASSIGN_OR_RETURN(at::Tensor weight, checkpoint_tensors::Load(*checkpoint_, weight_name,
-                                                                  options.dtype, options.device));
-  return std::unique_ptr<OutputHead>(std::make_unique<NormedHead>(
-      skeleton().norm, config_.rms_norm_eps, std::move(norm_weight), std::move(weight)));
+  PQ_ASSIGN_OR_RETURN(at::Tensor weight,
+                      checkpoint_tensors::Load(*checkpoint_, name, options.dtype, options.device));
+  return MakeOutputHead(std::move(norm), std::move(weight));
 }
 
 }  // namespace prismaquant

@@ -12,7 +12,6 @@
 namespace prismaquant {
 namespace {
 
-constexpr char kPatchWeight[] = "model.visual.patch_embed.proj.weight";
 constexpr char kPatchBias[] = "model.visual.patch_embed.proj.bias";
 constexpr char kPositionTable[] = "model.visual.pos_embed.weight";
 
@@ -67,15 +66,6 @@ std::vector<LinearInfo> VisionTower::BlockLinears(int index) const {
   return linears;
 }
 
-std::vector<std::string> VisionTower::BlockTensors(int index) const {
-  const std::string prefix = BlockPrefix(index);
-  std::vector<std::string> names;
-  for (const std::string& name : checkpoint_->names()) {
-    if (name.starts_with(prefix)) names.push_back(name);
-  }
-  return names;
-}
-
 std::string VisionTower::BlockPrefix(int index) const {
   return index == config_.depth ? "model.visual.merger."
                                 : fmt::format("model.visual.blocks.{}.", index);
@@ -88,6 +78,9 @@ std::vector<std::vector<LinearInfo>> VisionTower::BlockStages(int index) const {
     LinearInfo info;
     info.name = fmt::format("{}{}", BlockPrefix(index), shape.name);
     info.unit = info.name;
+    info.scale_group = info.name;
+    info.input_group = info.name;
+    info.part = Part::kVision;
     info.out = shape.out;
     info.in = shape.in;
     info.layer = first_layer_ + index;

@@ -29,6 +29,9 @@ namespace prismaquant {
 
 class VisionTower {
  public:
+  // Every tower has this tensor.
+  static constexpr char kPatchWeight[] = "model.visual.patch_embed.proj.weight";
+
   // `checkpoint` must outlive the tower. The Linears' layers count from `first_layer`. Fails with
   // kInvalidInput, naming folder and key or tensor, if the configuration is not supported, or a
   // tensor is missing or has another shape or dtype than expected. Of a quantized Linear only the
@@ -54,14 +57,13 @@ class VisionTower {
   // {mlp.linear_fc2}; the merger has {linear_fc1}, {linear_fc2} and leaves hidden as
   // [1, P / merge_size^2, out_hidden_size].
   Result<std::unique_ptr<DecoderLayer>> LoadBlock(int index, const ComputeOptions& options) const;
-  // All tensors of a block, for read-ahead.
-  std::vector<std::string> BlockTensors(int index) const;
+  // "model.visual.blocks.0."
+  std::string BlockPrefix(int index) const;
 
  private:
   VisionTower(const Checkpoint& checkpoint, const VisionConfig& config, int first_layer)
       : checkpoint_(&checkpoint), config_(config), first_layer_(first_layer) {}
 
-  std::string BlockPrefix(int index) const;
   std::vector<std::vector<LinearInfo>> BlockStages(int index) const;
   Status CheckTensors() const;
   Status CheckLinear(const LinearInfo& linear) const;

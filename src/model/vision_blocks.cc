@@ -39,14 +39,15 @@ class VisionBlock : public DecoderLayer {
     stages_ = std::move(stages);
   }
 
-  at::Tensor StageInput(int s, const SequenceContext&, LayerState& state) const override {
-    if (s == 0) return LayerNorm(state.hidden, norm1_);
-    if (s == 2) return LayerNorm(state.hidden, norm2_);
-    return state.held.front();
+  std::vector<at::Tensor> StageInputs(int s, const SequenceContext&,
+                                      LayerState& state) const override {
+    if (s == 0) return {LayerNorm(state.hidden, norm1_)};
+    if (s == 2) return {LayerNorm(state.hidden, norm2_)};
+    return {state.held.front()};
   }
 
-  void StageOutput(int s, const SequenceContext& context, std::vector<at::Tensor> outputs,
-                   LayerState& state) const override {
+  void StageOutputs(int s, const SequenceContext& context, std::vector<at::Tensor> outputs,
+                    LayerState& state) const override {
     if (s == 0) {
       state.held = {FullAttention(outputs[0], heads_, context)};
     } else if (s == 2) {
@@ -70,13 +71,14 @@ class VisionMerger : public DecoderLayer {
     stages_ = std::move(stages);
   }
 
-  at::Tensor StageInput(int s, const SequenceContext&, LayerState& state) const override {
-    if (s == 1) return state.held.front();
-    return LayerNorm(state.hidden, norm_).reshape({state.hidden.size(0), -1, merged_size_});
+  std::vector<at::Tensor> StageInputs(int s, const SequenceContext&,
+                                      LayerState& state) const override {
+    if (s == 1) return {state.held.front()};
+    return {LayerNorm(state.hidden, norm_).reshape({state.hidden.size(0), -1, merged_size_})};
   }
 
-  void StageOutput(int s, const SequenceContext&, std::vector<at::Tensor> outputs,
-                   LayerState& state) const override {
+  void StageOutputs(int s, const SequenceContext&, std::vector<at::Tensor> outputs,
+                    LayerState& state) const override {
     if (s == 0) {
       state.held = {at::gelu(outputs[0])};
     } else {

@@ -79,7 +79,7 @@ class InterruptedProbeTest : public ::testing::Test {
 
   Status Run(const std::filesystem::path& folder, FileSystem& fs = FileSystem::Default()) const {
     PQ_ASSIGN_OR_RETURN(RunStore store, RunStore::Open(fs, folder));
-    return RunProbe(tiny_.model(), tiny_.windows(), {.seed = 3}, store);
+    return RunProbe(tiny_.model(), tiny_.calibration(), {.seed = 3}, store);
   }
 
   Outcome Read(const std::filesystem::path& folder) const {

@@ -15,8 +15,9 @@ namespace {
 class TanhHead : public OutputHead {
  public:
   explicit TanhHead(at::Tensor weight) : weight_(std::move(weight)) {}
-  at::Tensor Logits(const at::Tensor& hidden) const override {
-    return 3 * at::matmul(at::tanh(hidden), weight_.t());
+  at::Tensor Norm(const at::Tensor& hidden) const override { return at::tanh(hidden); }
+  at::Tensor Project(const at::Tensor& normed) const override {
+    return 3 * at::matmul(normed, weight_.t());
   }
   int64_t vocab_size() const override { return weight_.size(0); }
 
@@ -28,7 +29,8 @@ class TanhHead : public OutputHead {
 class IdentityHead : public OutputHead {
  public:
   explicit IdentityHead(int64_t vocab_size) : vocab_size_(vocab_size) {}
-  at::Tensor Logits(const at::Tensor& hidden) const override { return hidden * 1; }
+  at::Tensor Norm(const at::Tensor& hidden) const override { return hidden * 1; }
+  at::Tensor Project(const at::Tensor& normed) const override { return normed; }
   int64_t vocab_size() const override { return vocab_size_; }
 
  private:
@@ -40,6 +42,10 @@ std::vector<int32_t> Ids(int64_t tokens, int64_t vocab_size) {
   for (int64_t t = 0; t < tokens; ++t) ids.push_back(static_cast<int32_t>(t * t % vocab_size));
   return ids;
 }
+
+// All positions of `tokens` but, for the text's own labels, the last.
+LossSpan Data(int64_t tokens) { return {.end = tokens - 1}; }
+LossSpan Sampled(int64_t tokens, uint64_t sequence) { return {.end = tokens, .stream = sequence}; }
 
 // Summed cross-entropy of the first positions' labels, in float64 from the definition.
 double CrossEntropy(const OutputHead& head, const at::Tensor& hidden,
@@ -79,9 +85,12 @@ void ExpectSlopes(const OutputHead& head, const at::Tensor& hidden,
 std::vector<int64_t> SampledLabels(const at::Tensor& logits, int64_t sequence, uint64_t seed) {
   const int64_t tokens = logits.size(0), vocab = logits.size(1);
   const SequenceLoss result =
-      LossAndGradient(IdentityHead(vocab), logits, Ids(tokens, vocab), sequence, {.seed = seed});
+      LossAndGradient(IdentityHead(vocab), logits, Ids(tokens, vocab),
+                      Sampled(tokens, static_cast<uint64_t>(sequence)), {.seed = seed});
+  EXPECT_TRUE(at::allclose(result.log_sums, at::logsumexp(logits.to(at::kFloat), {-1})));
   const at::Tensor onehot = at::softmax(logits, -1) - result.gradient;
   const at::Tensor labels = onehot.argmax(-1);
+  EXPECT_TRUE(result.labels.equal(labels));
   EXPECT_TRUE(at::allclose(onehot, at::one_hot(labels, vocab).to(onehot.scalar_type()), 0, 1e-5));
   const double loss =
       -at::log_softmax(logits, -1).gather(1, labels.unsqueeze(1)).sum().item<double>();
@@ -126,7 +135,8 @@ TEST(LossAndGradient, DataLabelsAgreeWithFiniteDifferences) {
   const TanhHead head(torch::randn({11, 6}, at::kDouble));
   const at::Tensor hidden = torch::randn({9, 6}, at::kDouble);
   const std::vector<int32_t> ids = Ids(9, 11);
-  const SequenceLoss result = LossAndGradient(head, hidden, ids, 0, {.labels = LabelRule::kData});
+  const SequenceLoss result =
+      LossAndGradient(head, hidden, ids, Data(hidden.size(0)), {.labels = LabelRule::kData});
   EXPECT_NEAR(result.loss, NextTokenLoss(head, hidden, ids), 1e-5 * result.loss);
   ExpectSlopes(head, hidden, {ids.begin() + 1, ids.end()}, result.gradient);
   EXPECT_EQ(result.gradient[8].abs().max().item<double>(), 0) << "the last token has no label";
@@ -138,7 +148,7 @@ TEST(LossAndGradient, SampledLabelsAgreeWithFiniteDifferences) {
   const at::Tensor hidden = torch::randn({9, 6}, at::kDouble);
   const std::vector<int64_t> labels = SampledLabels(head.Logits(hidden), 2, 5);
   EXPECT_GT(std::set<int64_t>(labels.begin(), labels.end()).size(), 2U);
-  const SequenceLoss result = LossAndGradient(head, hidden, Ids(9, 11), 2, {.seed = 5});
+  const SequenceLoss result = LossAndGradient(head, hidden, Ids(9, 11), Sampled(9, 2), {.seed = 5});
   EXPECT_NEAR(result.loss, CrossEntropy(head, hidden, labels), 1e-5 * result.loss);
   ExpectSlopes(head, hidden, labels, result.gradient);
 }
@@ -148,7 +158,8 @@ TEST(LossAndGradient, BlocksMakeNoDifference) {
   const TanhHead head(torch::randn({5, 4}, at::kDouble));
   const at::Tensor hidden = torch::randn({1300, 4}, at::kDouble);
   const std::vector<int32_t> ids = Ids(1300, 5);
-  const SequenceLoss result = LossAndGradient(head, hidden, ids, 0, {.labels = LabelRule::kData});
+  const SequenceLoss result =
+      LossAndGradient(head, hidden, ids, Data(hidden.size(0)), {.labels = LabelRule::kData});
   EXPECT_NEAR(result.loss, NextTokenLoss(head, hidden, ids), 1e-5 * result.loss);
   const at::Tensor x = hidden.clone().requires_grad_(true);
   const at::Tensor targets =
@@ -159,9 +170,44 @@ TEST(LossAndGradient, BlocksMakeNoDifference) {
   EXPECT_TRUE(at::allclose(result.gradient, expected, 1e-4, 1e-5));
 }
 
-TEST(LossAndGradient, OneTokenHasNoDataLabel) {
+TEST(LossAndGradient, OnlyTheSpanHasALossAndLabelsStandShiftTokensAhead) {
+  torch::manual_seed(8);
+  const TanhHead head(torch::randn({11, 6}, at::kDouble));
+  const at::Tensor hidden = torch::randn({9, 6}, at::kDouble);
+  const std::vector<int32_t> ids = Ids(9, 11);
+  const LossSpan span{.begin = 3, .end = 6, .shift = 2};
   const SequenceLoss result =
-      LossAndGradient(IdentityHead(4), torch::randn({1, 4}), {2}, 0, {.labels = LabelRule::kData});
+      LossAndGradient(head, hidden, ids, span, {.labels = LabelRule::kData});
+  const at::Tensor inside = hidden.narrow(0, 3, 3);
+  const std::vector<int64_t> labels = {ids[5], ids[6], ids[7]};
+  EXPECT_NEAR(result.loss, CrossEntropy(head, inside, labels), 1e-5 * result.loss);
+  ExpectSlopes(head, inside, labels, result.gradient.narrow(0, 3, 3));
+  EXPECT_EQ(result.gradient.narrow(0, 0, 3).abs().max().item<double>(), 0);
+  EXPECT_EQ(result.gradient.narrow(0, 6, 3).abs().max().item<double>(), 0);
+}
+
+TEST(SpanOf, TextsHaveALossEverywhereAndCaptionsOnTheirOwnTokens) {
+  Calibration calibration;
+  calibration.text.windows = {{1, 2, 3, 4, 5}};
+  calibration.captions = {{.ids = {1, 2, 3, 4, 5, 6, 7}, .first_label = 4}};
+  const auto span = [&](Part part, int64_t sequence, LabelRule labels) {
+    const LossSpan found = SpanOf(part, calibration, sequence, labels);
+    return std::vector<int64_t>{found.begin, found.end, found.shift};
+  };
+  using Numbers = std::vector<int64_t>;
+  EXPECT_EQ(span(Part::kText, 0, LabelRule::kSampled), (Numbers{0, 5, 1}));
+  EXPECT_EQ(span(Part::kText, 0, LabelRule::kData), (Numbers{0, 4, 1}));
+  EXPECT_EQ(span(Part::kText, 1, LabelRule::kSampled), (Numbers{3, 6, 1}));
+  EXPECT_EQ(span(Part::kText, 1, LabelRule::kData), (Numbers{3, 6, 1}));
+  EXPECT_EQ(span(Part::kMtp, 0, LabelRule::kSampled), (Numbers{0, 4, 2}));
+  EXPECT_EQ(span(Part::kMtp, 0, LabelRule::kData), (Numbers{0, 3, 2}));
+  EXPECT_NE(SpanOf(Part::kMtp, calibration, 0, LabelRule::kSampled).stream,
+            SpanOf(Part::kText, calibration, 0, LabelRule::kSampled).stream);
+}
+
+TEST(LossAndGradient, OneTokenHasNoDataLabel) {
+  const SequenceLoss result = LossAndGradient(IdentityHead(4), torch::randn({1, 4}), {2}, Data(1),
+                                              {.labels = LabelRule::kData});
   EXPECT_EQ(result.loss, 0);
   EXPECT_EQ(result.gradient.abs().max().item<double>(), 0);
 }
@@ -170,9 +216,9 @@ TEST(LossAndGradient, Bfloat16StaysBfloat16) {
   torch::manual_seed(5);
   const at::Tensor hidden = torch::randn({6, 8}).to(at::kBFloat16);
   const ProbeOptions options{.labels = LabelRule::kData};
-  const SequenceLoss low = LossAndGradient(IdentityHead(8), hidden, Ids(6, 8), 0, options);
+  const SequenceLoss low = LossAndGradient(IdentityHead(8), hidden, Ids(6, 8), Data(6), options);
   const SequenceLoss high =
-      LossAndGradient(IdentityHead(8), hidden.to(at::kFloat), Ids(6, 8), 0, options);
+      LossAndGradient(IdentityHead(8), hidden.to(at::kFloat), Ids(6, 8), Data(6), options);
   EXPECT_EQ(low.gradient.scalar_type(), at::kBFloat16);
   EXPECT_TRUE(at::allclose(low.gradient.to(at::kFloat), high.gradient, 0.01, 0.01));
   EXPECT_NEAR(low.loss, high.loss, 1e-5 * high.loss);
@@ -197,8 +243,9 @@ TEST(SampledLabels, DependOnSeedSequenceAndPositionAlone) {
 TEST(SampledLabels, TheTextHasNoSay) {
   const at::Tensor logits = torch::randn({20, 7});
   const IdentityHead head(7);
-  const SequenceLoss a = LossAndGradient(head, logits, std::vector<int32_t>(20, 0), 1, {.seed = 2});
-  const SequenceLoss b = LossAndGradient(head, logits, Ids(20, 7), 1, {.seed = 2});
+  const SequenceLoss a =
+      LossAndGradient(head, logits, std::vector<int32_t>(20, 0), Sampled(20, 1), {.seed = 2});
+  const SequenceLoss b = LossAndGradient(head, logits, Ids(20, 7), Sampled(20, 1), {.seed = 2});
   EXPECT_EQ(a.loss, b.loss);
   EXPECT_TRUE(a.gradient.equal(b.gradient));
 }

@@ -74,7 +74,7 @@ class PredictedKlTest : public ::testing::Test {
   // KL(as stored || multiplied by `changed`), summed over the window's positions.
   double Divergence(const std::vector<int32_t>& window, const Multiply& changed) const {
     const at::NoGradGuard no_grad;
-    const auto head = tiny_.model().LoadHead(kFloat64).value();
+    const auto head = tiny_.model().LoadHead(Part::kText, kFloat64).value();
     const auto log_probs = [&](const Multiply& multiply) {
       return at::log_softmax(head->Logits(Body(Embed(window), multiply)[0]), -1);
     };
@@ -97,9 +97,10 @@ TEST_F(PredictedKlTest, ExpectedSquaresOfSampledScoresAreTheDivergence) {
     errors.push_back(at::randn_like(weight) * (0.01 * weight.std()));
   const size_t linears = errors.size();
   std::vector<double> predicted(linears + 1), measured(linears + 1);
-  const auto head = tiny_.model().LoadHead(kFloat64).value();
-  for (int64_t n = 0; n < tiny_.windows().count(); ++n) {
-    const std::vector<int32_t>& window = tiny_.windows().windows[n];
+  const auto head = tiny_.model().LoadHead(Part::kText, kFloat64).value();
+  for (int64_t n = 0; n < tiny_.calibration().count(); ++n) {
+    const std::vector<int32_t>& window = tiny_.calibration().ids(n);
+    const LossSpan span = SpanOf(Part::kText, tiny_.calibration(), n, LabelRule::kSampled);
     for (size_t changed = 0; changed <= linears; ++changed) {
       measured[changed] += Divergence(window, [&](const LinearInfo& linear, const at::Tensor& x) {
         const size_t i = Index(linear);
@@ -114,7 +115,7 @@ TEST_F(PredictedKlTest, ExpectedSquaresOfSampledScoresAreTheDivergence) {
     });
     for (uint64_t seed = 0; seed < kDraws; ++seed) {
       const at::Tensor g =
-          LossAndGradient(*head, y.detach()[0], window, n, {.seed = seed}).gradient;
+          LossAndGradient(*head, y.detach()[0], window, span, {.seed = seed}).gradient;
       torch::autograd::grad({y}, {x}, {g.unsqueeze(0)}, /*retain_graph=*/true);
       double together = 0;
       for (size_t i = 0; i < linears; ++i) {
@@ -131,25 +132,25 @@ TEST_F(PredictedKlTest, ExpectedSquaresOfSampledScoresAreTheDivergence) {
 
 TEST_F(PredictedKlTest, JointLossIsTheDivergenceOfTheRoundedModel) {
   constexpr int kDraws = 1000;
-  TokenWindows windows;
-  windows.windows.assign(kDraws, tiny_.windows().windows[0]);
+  Calibration calibration;
+  calibration.text.windows.assign(kDraws, tiny_.calibration().ids(0));
   const TemporaryFolder folder;
   RunStore store = RunStore::Open(FileSystem::Default(), folder / "work").value();
-  ASSERT_TRUE(RunProbe(tiny_.model(), windows, {.seed = 1}, store).ok());
+  ASSERT_TRUE(RunProbe(tiny_.model(), calibration, {.seed = 1}, store).ok());
   for (const std::string name : {"fp8", "mxfp8"}) {
     const Format& format = *FindFormat(name);
     std::map<std::string, std::string> choices;
     for (const LinearInfo& linear : tiny_.model().linears()) choices[linear.name] = name;
     const double measured =
-        Divergence(windows.windows[0], [&](const LinearInfo& linear, const at::Tensor& x) {
+        Divergence(calibration.ids(0), [&](const LinearInfo& linear, const at::Tensor& x) {
           const StoredTensors stored =
               format.Encode(weights_[Index(linear)].to(at::kFloat), {}, linear.dtype);
           const at::Tensor rounded =
               format.QuantizeActivation(x.to(at::kFloat).flatten(0, 1), stored);
           return at::linear(rounded, format.Decode(stored)).to(at::kDouble).unsqueeze(0);
         });
-    const double predicted =
-        JointLoss(store, LossTokens(windows, LabelRule::kSampled), choices).value();
+    const LossTokens counts = CountLossTokens(tiny_.model(), calibration, LabelRule::kSampled);
+    const double predicted = JointLoss(tiny_.model(), store, counts, choices).value().text;
     const double tokens = TinyCheckpoint::kTokens;
     EXPECT_NEAR(predicted / (measured / tokens), 1, 0.15) << name;
   }

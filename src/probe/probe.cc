@@ -7,44 +7,41 @@
 #include <cmath>
 #include <map>
 #include <memory>
+#include <optional>
+#include <utility>
 
 #include "base/progress.h"
 #include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
-#include "probe/linear_probe.h"
+#include "model/sequences.h"
+#include "probe/blob_tensors.h"
+#include "probe/head_costs.h"
+#include "probe/layer_runners.h"
 #include "probe/loss.h"
+#include "probe/passes.h"
 #include "probe/statistics.h"
 
 namespace prismaquant {
 namespace {
 
-constexpr char kForward[] = "forward";
-constexpr char kHead[] = "head";
-constexpr char kBackward[] = "backward";
-
 constexpr char kHiddenFolder[] = "hidden";
 constexpr char kGradientFolder[] = "gradient";
 
-std::string GradientBlob(int64_t layer) { return fmt::format("{}/{}", kGradientFolder, layer); }
-
-Status PutTensor(RunStore& store, const std::string& blob, const at::Tensor& tensor) {
-  const TensorSpec spec{blob, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()};
-  return store.PutBlob(blob, {{spec, TensorBytes(tensor)}});
+// The hidden states before `layer` of a part, or, if it is the part's end, after its last one.
+std::string HiddenBlob(const PartLayers& part, int layer) {
+  return fmt::format("{}/{}-{}", kHiddenFolder, static_cast<int>(part.part), layer - part.first);
 }
-
-// The one tensor of a blob, mapped; `file` keeps it alive.
-struct MappedTensor {
-  SafetensorsFile file;
-  at::Tensor tensor;
-};
-
-Result<MappedTensor> GetTensor(const RunStore& store, const std::string& blob) {
-  PQ_ASSIGN_OR_RETURN(SafetensorsFile file, store.Blob(blob));
-  at::Tensor tensor = TensorFromView(file.tensors().front());
-  return MappedTensor{std::move(file), std::move(tensor)};
+// The gradients at the same place.
+std::string GradientBlob(const PartLayers& part, int layer) {
+  return fmt::format("{}/{}-{}", kGradientFolder, static_cast<int>(part.part), layer - part.first);
 }
 
 bool AllFinite(const at::Tensor& tensor) { return tensor.isfinite().all().item<bool>(); }
+
+bool AllFinite(const std::vector<at::Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [](const at::Tensor& tensor) { return AllFinite(tensor); });
+}
 
 bool AllFinite(const LinearStats& stats) {
   return std::isfinite(stats.fisher_trace) && std::isfinite(stats.grad_square);
@@ -56,279 +53,301 @@ bool AllFinite(const LinearCost& cost) {
                      [](double s) { return std::isfinite(s); });
 }
 
-// Weights of one layer in the compute dtype, by Linear name.
-struct LayerWeights {
-  std::map<std::string, at::Tensor> weight, bias;
-
-  static Result<LayerWeights> Load(const Model& model, int layer, const ComputeOptions& compute) {
-    LayerWeights weights;
-    for (const LinearInfo& linear : model.LayerLinears(layer)) {
-      PQ_ASSIGN_OR_RETURN(const at::Tensor weight, model.LoadWeight(linear));
-      PQ_ASSIGN_OR_RETURN(const at::Tensor bias, model.LoadBias(linear));
-      weights.weight[linear.name] = weight.to(compute.dtype);
-      weights.bias[linear.name] = bias.defined() ? bias.to(compute.dtype) : bias;
-    }
-    return weights;
-  }
-};
-
-// Multiplies, and remembers the largest input of each Linear.
-class MaximaRunner : public LinearRunner {
+// One pass over all parts that prices some formats.
+class ProbePass {
  public:
-  explicit MaximaRunner(const LayerWeights& weights) : weights_(weights) {}
-  at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override {
-    double& amax = maxima_[linear.name];
-    amax = std::max(amax, x.abs().max().item<double>());
-    const at::Tensor& bias = weights_.bias.at(linear.name);
-    return at::linear(x, weights_.weight.at(linear.name),
-                      bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
-  }
-  double maximum(const std::string& name) const { return maxima_.at(name); }
-
- private:
-  const LayerWeights& weights_;
-  std::map<std::string, double> maxima_;
-};
-
-// Multiplies through LinearProbe and hands observations to the statistics of the layer's Linears.
-class ProbedRunner : public LinearRunner, public LinearObserver {
- public:
-  ProbedRunner(const LayerWeights& weights, std::vector<LinearInfo> linears,
-               const std::map<std::string, SharedScales>& scales,
-               const std::map<std::string, at::Tensor>& stored_weights)
-      : weights_(weights), linears_(std::move(linears)) {
-    statistics_.reserve(linears_.size());
-    for (const LinearInfo& linear : linears_) {
-      index_[linear.name] = static_cast<int>(statistics_.size());
-      statistics_.emplace_back(linear, stored_weights.at(linear.name), scales.at(linear.name));
-    }
-  }
-  at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override {
-    return ApplyProbed(x, weights_.weight.at(linear.name), weights_.bias.at(linear.name),
-                       index_.at(linear.name), *this);
-  }
-  void Observe(int id, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx) override {
-    const at::NoGradGuard no_grad;
-    statistics_[id].AddSequence(x, g, dx, activations_);
-  }
-  const std::vector<LinearStatistics>& statistics() const { return statistics_; }
-
- private:
-  const LayerWeights& weights_;
-  std::vector<LinearInfo> linears_;
-  std::map<std::string, int> index_;
-  std::vector<LinearStatistics> statistics_;
-  ActivationErrors activations_;
-};
-
-class Probe {
- public:
-  Probe(const Model& model, const TokenWindows& windows, const ProbeOptions& options,
-        RunStore& store)
+  ProbePass(const Model& model, const Calibration& calibration, const Sequences& sequences,
+            const ProbeOptions& options, const PassFormats& pass, RunStore& store)
       : model_(model),
-        windows_(windows),
+        calibration_(calibration),
+        sequences_(sequences),
         options_(options),
-        store_(store),
-        layers_(static_cast<int>(model.config().num_layers)),
-        context_(model.Context(windows.length(), options.compute)) {}
+        pass_(pass),
+        store_(store) {}
 
   Status Run() {
-    PQ_ASSIGN_OR_RETURN(const bool finished, store_.IsDone(kBackward, 0));
-    if (!finished) PQ_RETURN_IF_ERROR(RunStages());
+    const PartLayers& body = *model_.FindPart(Part::kText);
+    const PartLayers* mtp = model_.FindPart(Part::kMtp);
+    const PartLayers* vision =
+        calibration_.captions.empty() ? nullptr : model_.FindPart(Part::kVision);
+    PQ_ASSIGN_OR_RETURN(const bool prepared, Done(pass_.head_stage, body.first));
+    if (!prepared) {
+      if (vision != nullptr) PQ_RETURN_IF_ERROR(Forward(*vision, "vision"));
+      PQ_RETURN_IF_ERROR(Forward(body, "body"));
+      PQ_RETURN_IF_ERROR(Head(body));
+    }
+    if (mtp != nullptr) PQ_RETURN_IF_ERROR(RunMtp(*mtp));
+    PQ_RETURN_IF_ERROR(Backward(body, "body"));
+    if (vision != nullptr) PQ_RETURN_IF_ERROR(Backward(*vision, "vision"));
     // Also what a run left that was killed between a mark and the removals that follow it.
     PQ_RETURN_IF_ERROR(store_.RemoveBlobs(kGradientFolder));
     return store_.RemoveBlobs(kHiddenFolder);
   }
 
  private:
-  Status RunStages() {
-    PQ_ASSIGN_OR_RETURN(const bool head_done, store_.IsDone(kHead, 0));
-    if (!head_done) {
-      PQ_RETURN_IF_ERROR(Forward());
-      PQ_RETURN_IF_ERROR(Head());
-    }
-    return Backward();
-  }
+  Result<bool> Done(const std::string& stage, int layer) { return store_.IsDone(stage, layer); }
 
   Status NotFinite(const std::string& what) const {
-    return Status::InvalidInput(fmt::format("{}: {} is not finite on the calibration text",
+    return Status::InvalidInput(fmt::format("{}: {} is not finite on the calibration data",
                                             model_.checkpoint().folder().string(), what));
   }
 
-  // Input of `layer` for all sequences.
-  Result<MappedTensor> Hidden(int layer) const { return GetTensor(store_, HiddenBlob(layer)); }
-
-  Status EmbedInputs() {
-    std::vector<at::Tensor> rows;
-    for (const auto& window : windows_.windows) {
-      const at::Tensor ids =
-          at::tensor(std::vector<int64_t>(window.begin(), window.end())).unsqueeze(0);
-      PQ_ASSIGN_OR_RETURN(at::Tensor embedded, model_.Embed(ids, options_.compute));
-      rows.push_back(std::move(embedded));
+  Status RunMtp(const PartLayers& mtp) {
+    PQ_ASSIGN_OR_RETURN(const bool prepared, Done(pass_.head_stage, mtp.first));
+    if (!prepared) {
+      PQ_RETURN_IF_ERROR(Forward(mtp, "MTP"));
+      PQ_RETURN_IF_ERROR(Head(mtp));
     }
-    return PutTensor(store_, HiddenBlob(0), at::cat(rows).contiguous());
+    return Backward(mtp, "MTP");
   }
 
-  Status Forward() {
+  // The inputs of a part's first layer.
+  Status PutInputs(const PartLayers& part) {
+    const SequenceRange range = sequences_.Range(part.part);
+    std::vector<at::Tensor> inputs;
+    std::unique_ptr<OutputHead> head;
+    std::optional<StoredSequences> before;
+    const PartLayers* vision = model_.FindPart(Part::kVision);
+    if (part.part == Part::kText && !calibration_.captions.empty()) {
+      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, HiddenBlob(*vision, vision->end)));
+    }
+    if (part.part == Part::kMtp) {
+      const PartLayers& body = *model_.FindPart(Part::kText);
+      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, HiddenBlob(body, body.end)));
+      PQ_ASSIGN_OR_RETURN(head, model_.LoadHead(Part::kText, options_.compute));
+    }
+    for (int64_t n = range.first; n < range.end; ++n) {
+      at::Tensor& input = inputs.emplace_back();
+      if (part.part == Part::kVision) {
+        PQ_ASSIGN_OR_RETURN(input, sequences_.PatchEmbeddings(n));
+      } else if (part.part == Part::kMtp) {
+        PQ_ASSIGN_OR_RETURN(input, sequences_.MtpInput(n, *head, before->of(n)));
+      } else {
+        const at::Tensor image = calibration_.IsCaption(n) ? before->of(n) : at::Tensor();
+        PQ_ASSIGN_OR_RETURN(input, sequences_.Embeddings(n, image));
+      }
+    }
+    return PutSequences(store_, HiddenBlob(part, part.first), range.first, inputs);
+  }
+
+  Status Forward(const PartLayers& part, const std::string& title) {
     const at::NoGradGuard no_grad;
-    Progress progress("probe, forward", layers_, "layers");
-    for (int layer = 0; layer < layers_; ++layer) {
-      PQ_ASSIGN_OR_RETURN(const bool done, store_.IsDone(kForward, layer));
+    Progress progress("probe, forward, " + title, part.end - part.first, "layers");
+    for (int layer = part.first; layer < part.end; ++layer) {
+      PQ_ASSIGN_OR_RETURN(const bool done, Done(pass_.forward_stage, layer));
       if (done) {
         progress.Skip(1);
         continue;
       }
-      if (layer == 0) PQ_RETURN_IF_ERROR(EmbedInputs());
-      PQ_RETURN_IF_ERROR(ForwardLayer(layer));
+      if (layer == part.first) PQ_RETURN_IF_ERROR(PutInputs(part));
+      PQ_RETURN_IF_ERROR(ForwardLayer(part, layer));
       progress.Advance();
     }
     return {};
   }
 
-  Status ForwardLayer(int layer) {
+  Status ForwardLayer(const PartLayers& part, int layer) {
     PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
     PQ_ASSIGN_OR_RETURN(const LayerWeights weights,
                         LayerWeights::Load(model_, layer, options_.compute));
     model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
-    PQ_ASSIGN_OR_RETURN(const MappedTensor input, Hidden(layer));
-    at::Tensor output = at::empty_like(input.tensor);
+    PQ_ASSIGN_OR_RETURN(const StoredSequences inputs,
+                        StoredSequences::Open(store_, HiddenBlob(part, layer)));
     MaximaRunner runner(weights);
-    for (int64_t n = 0; n < windows_.count(); ++n) {
-      output[n].copy_(RunLayer(*block, context_, input.tensor.narrow(0, n, 1), runner)[0]);
+    std::vector<at::Tensor> outputs;
+    for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
+      outputs.push_back(RunLayer(*block, sequences_.Context(part.part, n), inputs.of(n), runner));
     }
-    if (!AllFinite(output)) return NotFinite(fmt::format("the output of layer {}", layer));
-    PQ_RETURN_IF_ERROR(PutTensor(store_, HiddenBlob(layer + 1), output));
+    if (!AllFinite(outputs)) return NotFinite(fmt::format("the output of layer {}", layer));
+    PQ_RETURN_IF_ERROR(PutSequences(store_, HiddenBlob(part, layer + 1), inputs.first(), outputs));
     std::vector<LinearStats> maxima;
     for (const LinearInfo& linear : model_.LayerLinears(layer)) {
       maxima.push_back(
           {.name = linear.name, .layer = layer, .input_amax = runner.maximum(linear.name)});
     }
-    return store_.Commit(kForward, layer, maxima);
+    // A further pass finds the statistics complete.
+    return store_.Commit(pass_.forward_stage, layer,
+                         pass_.first ? maxima : std::vector<LinearStats>());
   }
 
-  Status Head() {
-    PQ_ASSIGN_OR_RETURN(const auto head, model_.LoadHead(options_.compute));
-    PQ_ASSIGN_OR_RETURN(const MappedTensor hidden, Hidden(layers_));
-    at::Tensor gradient = at::empty_like(hidden.tensor);
-    Progress progress("probe, head", windows_.count(), "sequences");
-    for (int64_t n = 0; n < windows_.count(); ++n) {
-      gradient[n].copy_(
-          LossAndGradient(*head, hidden.tensor[n], windows_.windows[n], n, options_).gradient);
+  Status Head(const PartLayers& part) {
+    PQ_ASSIGN_OR_RETURN(const auto head, model_.LoadHead(part.part, options_.compute));
+    PQ_ASSIGN_OR_RETURN(const StoredSequences hidden,
+                        StoredSequences::Open(store_, HiddenBlob(part, part.end)));
+    Progress progress("probe, head", hidden.count(), "sequences");
+    std::vector<SequenceLoss> losses;
+    std::vector<at::Tensor> gradients;
+    for (int64_t n = hidden.first(); n < hidden.first() + hidden.count(); ++n) {
+      const LossSpan span = SpanOf(part.part, calibration_, n, options_.labels);
+      losses.push_back(
+          LossAndGradient(*head, hidden.of(n)[0], calibration_.ids(n), span, options_));
+      gradients.push_back(losses.back().gradient.unsqueeze(0));
       progress.Advance();
     }
-    if (!AllFinite(gradient)) return NotFinite("the gradient of the loss");
-    PQ_RETURN_IF_ERROR(PutTensor(store_, GradientBlob(layers_), gradient));
-    return store_.Commit(kHead, 0);
+    if (!AllFinite(gradients)) return NotFinite("the gradient of the loss");
+    PQ_RETURN_IF_ERROR(
+        PutSequences(store_, GradientBlob(part, part.end), hidden.first(), gradients));
+    if (part.part != Part::kText || model_.FindPart(Part::kHead) == nullptr) {
+      return store_.Commit(pass_.head_stage, part.first);
+    }
+    PQ_ASSIGN_OR_RETURN(const HeadStatistics found, PriceHead(model_, *head, calibration_, hidden,
+                                                              losses, options_, pass_.formats));
+    PQ_RETURN_IF_ERROR(RequireFinite({found.stats}, found.costs));
+    return store_.Commit(pass_.head_stage, part.first, {found.stats}, found.costs);
   }
 
-  Status Backward() {
-    Progress progress("probe, backward", layers_, "layers");
-    for (int layer = layers_ - 1; layer >= 0; --layer) {
-      PQ_ASSIGN_OR_RETURN(const bool done, store_.IsDone(kBackward, layer));
+  Status RequireFinite(const std::vector<LinearStats>& stats,
+                       const std::vector<LinearCost>& costs) const {
+    for (const LinearStats& linear : stats) {
+      if (!AllFinite(linear)) return NotFinite("the Fisher trace of " + linear.name);
+    }
+    for (const LinearCost& cost : costs) {
+      if (!AllFinite(cost)) {
+        return NotFinite(fmt::format("the cost of {} for {}", cost.format, cost.linear));
+      }
+    }
+    return {};
+  }
+
+  Status Backward(const PartLayers& part, const std::string& title) {
+    Progress progress("probe, backward, " + title, part.end - part.first, "layers");
+    for (int layer = part.end - 1; layer >= part.first; --layer) {
+      PQ_ASSIGN_OR_RETURN(const bool done, Done(pass_.backward_stage, layer));
       if (done) {
         progress.Skip(1);
         continue;
       }
-      PQ_RETURN_IF_ERROR(BackwardLayer(layer));
+      PQ_RETURN_IF_ERROR(BackwardLayer(part, layer));
       progress.Advance();
     }
     return {};
   }
 
-  // Fused siblings share the largest weight; Linears of a stage share the largest input.
-  Result<std::map<std::string, SharedScales>> Scales(
-      int layer, const std::map<std::string, at::Tensor>& stored_weights) {
-    std::map<std::string, double> unit_amax, input_amax;
+  // Groups of Linears share the largest weight and the largest input.
+  Result<std::map<std::string, SharedScales>> Scales(int layer, const LayerWeights& weights) {
+    std::map<std::string, double> amax_of, scale_group, input_group;
     PQ_ASSIGN_OR_RETURN(const std::vector<LinearStats> all, store_.Stats());
-    for (const LinearStats& stats : all) input_amax[stats.name] = stats.input_amax;
+    for (const LinearStats& stats : all) amax_of[stats.name] = stats.input_amax;
     const std::vector<LinearInfo> linears = model_.LayerLinears(layer);
     for (const LinearInfo& linear : linears) {
-      double& amax = unit_amax[linear.unit];
-      amax = std::max(amax, stored_weights.at(linear.name).abs().max().item<double>());
+      double& weight = scale_group[linear.scale_group];
+      weight = std::max(weight, weights.stored.at(linear.name).abs().max().item<double>());
+      double& input = input_group[linear.input_group];
+      input = std::max(input, amax_of.at(linear.name));
     }
     std::map<std::string, SharedScales> scales;
     for (const LinearInfo& linear : linears) {
-      scales[linear.name] = {.weight_amax = unit_amax.at(linear.unit),
-                             .input_amax = input_amax.at(linear.name)};
+      scales[linear.name] = {.weight_amax = scale_group.at(linear.scale_group),
+                             .input_amax = input_group.at(linear.input_group)};
     }
     return scales;
   }
 
-  Status BackwardLayer(int layer) {
+  Status BackwardLayer(const PartLayers& part, int layer) {
     PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
     PQ_ASSIGN_OR_RETURN(const LayerWeights weights,
                         LayerWeights::Load(model_, layer, options_.compute));
-    if (layer > 0) model_.checkpoint().WillNeed(model_.LayerTensors(layer - 1));
-    std::map<std::string, at::Tensor> stored;
-    for (const LinearInfo& linear : model_.LayerLinears(layer)) {
-      PQ_ASSIGN_OR_RETURN(stored[linear.name], model_.LoadWeight(linear));
+    if (layer > part.first) model_.checkpoint().WillNeed(model_.LayerTensors(layer - 1));
+    PQ_ASSIGN_OR_RETURN(const auto scales, Scales(layer, weights));
+    PQ_ASSIGN_OR_RETURN(const StoredSequences inputs,
+                        StoredSequences::Open(store_, HiddenBlob(part, layer)));
+    PQ_ASSIGN_OR_RETURN(const StoredSequences upstream,
+                        StoredSequences::Open(store_, GradientBlob(part, layer + 1)));
+    ProbedRunner runner(weights, model_.LayerLinears(layer), scales, pass_.formats,
+                        calibration_.count());
+    std::vector<at::Tensor> gradients;
+    for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
+      runner.BeginSequence(n);
+      const at::Tensor x = inputs.of(n).detach().clone().requires_grad_(true);
+      const at::Tensor y = RunLayer(*block, sequences_.Context(part.part, n), x, runner);
+      gradients.push_back(torch::autograd::grad({y}, {x}, {upstream.of(n)})[0]);
     }
-    PQ_ASSIGN_OR_RETURN(const auto scales, Scales(layer, stored));
-    PQ_ASSIGN_OR_RETURN(const MappedTensor input, Hidden(layer));
-    PQ_ASSIGN_OR_RETURN(const MappedTensor upstream, GetTensor(store_, GradientBlob(layer + 1)));
-    ProbedRunner runner(weights, model_.LayerLinears(layer), scales, stored);
-    at::Tensor gradient = at::empty_like(input.tensor);
-    for (int64_t n = 0; n < windows_.count(); ++n) {
-      const at::Tensor x = input.tensor.narrow(0, n, 1).detach().clone().requires_grad_(true);
-      const at::Tensor y = RunLayer(*block, context_, x, runner);
-      gradient.narrow(0, n, 1).copy_(
-          torch::autograd::grad({y}, {x}, {upstream.tensor.narrow(0, n, 1)})[0]);
-    }
-    return CommitBackward(layer, runner.statistics(), gradient);
+    return CommitBackward(part, layer, runner, inputs.first(), gradients);
   }
 
-  Status CommitBackward(int layer, const std::vector<LinearStatistics>& statistics,
-                        const at::Tensor& gradient) {
+  Status CommitBackward(const PartLayers& part, int layer, const ProbedRunner& runner,
+                        int64_t first, const std::vector<at::Tensor>& gradients) {
     std::vector<LinearStats> stats;
     std::vector<LinearCost> costs;
     std::vector<at::Tensor> weights;
     std::vector<BlobTensor> blob;
-    for (const LinearStatistics& linear : statistics) {
+    for (size_t i = 0; i < runner.linears().size(); ++i) {
+      const LinearStatistics& linear = runner.statistics()[i];
       stats.push_back(linear.Stats());
-      if (!AllFinite(stats.back())) {
-        return NotFinite(fmt::format("the Fisher trace of {}", stats.back().name));
-      }
-      for (LinearCost& cost : linear.Costs()) {
-        if (!AllFinite(cost)) {
-          return NotFinite(fmt::format("the cost of {} for {}", cost.format, cost.linear));
-        }
-        costs.push_back(std::move(cost));
-      }
+      for (LinearCost& cost : linear.Costs()) costs.push_back(std::move(cost));
+      if (runner.linears()[i].is_expert) continue;
       weights.push_back(linear.TokenWeights());
       blob.push_back({{stats.back().name, DType::kF32, weights.back().sizes().vec()},
                       TensorBytes(weights.back())});
     }
-    if (!AllFinite(gradient)) {
+    PQ_RETURN_IF_ERROR(RequireFinite(stats, costs));
+    if (!AllFinite(gradients)) {
       return NotFinite(fmt::format("the gradient at the input of layer {}", layer));
     }
     PQ_RETURN_IF_ERROR(store_.PutBlob(TokenWeightBlob(layer), blob));
-    if (layer > 0) PQ_RETURN_IF_ERROR(PutTensor(store_, GradientBlob(layer), gradient));
-    PQ_RETURN_IF_ERROR(store_.Commit(kBackward, layer, stats, costs));
-    PQ_RETURN_IF_ERROR(store_.RemoveBlob(GradientBlob(layer + 1)));
-    return store_.RemoveBlob(HiddenBlob(layer + 1));
+    PQ_RETURN_IF_ERROR(HandOn(part, layer, first, gradients));
+    PQ_RETURN_IF_ERROR(store_.Commit(pass_.backward_stage, layer, stats, costs));
+    PQ_RETURN_IF_ERROR(store_.RemoveBlob(GradientBlob(part, layer + 1)));
+    return store_.RemoveBlob(HiddenBlob(part, layer + 1));
+  }
+
+  // Stores a layer's gradients where the layer or the part before it will look for them.
+  Status HandOn(const PartLayers& part, int layer, int64_t first,
+                const std::vector<at::Tensor>& gradients) {
+    if (layer > part.first) {
+      return PutSequences(store_, GradientBlob(part, layer), first, gradients);
+    }
+    if (part.part != Part::kText || calibration_.captions.empty()) return {};
+    const PartLayers& vision = *model_.FindPart(Part::kVision);
+    const SequenceRange range = sequences_.Range(Part::kVision);
+    std::vector<at::Tensor> images;
+    for (int64_t n = range.first; n < range.end; ++n) {
+      images.push_back(sequences_.ImageRows(n, gradients[static_cast<size_t>(n - first)]));
+    }
+    return PutSequences(store_, GradientBlob(vision, vision.end), range.first, images);
   }
 
   const Model& model_;
-  const TokenWindows& windows_;
+  const Calibration& calibration_;
+  const Sequences& sequences_;
   const ProbeOptions& options_;
+  const PassFormats& pass_;
   RunStore& store_;
-  int layers_;
-  SequenceContext context_;
 };
+
+Status RunPasses(const Model& model, const Calibration& calibration, const ProbeOptions& options,
+                 RunStore& store) {
+  PQ_ASSIGN_OR_RETURN(const Sequences sequences,
+                      Sequences::Make(model, calibration, options.compute));
+  PQ_ASSIGN_OR_RETURN(const std::vector<PassFormats> passes, PlanPasses(store, options.formats));
+  for (const PassFormats& pass : passes) {
+    PQ_RETURN_IF_ERROR(ProbePass(model, calibration, sequences, options, pass, store).Run());
+  }
+  PQ_ASSIGN_OR_RETURN(const bool noted, IsProbed(store));
+  return noted ? Status() : store.PutNote(kProbedNote, "1");
+}
 
 }  // namespace
 
-std::string HiddenBlob(int64_t layer) { return fmt::format("{}/{}", kHiddenFolder, layer); }
-
 std::string TokenWeightBlob(int64_t layer) { return fmt::format("token_weight/{}", layer); }
 
-int64_t LossTokens(const TokenWindows& windows, LabelRule labels) {
-  return windows.count() * (labels == LabelRule::kData ? windows.length() - 1 : windows.length());
+LossTokens CountLossTokens(const Model& model, const Calibration& calibration, LabelRule labels) {
+  LossTokens tokens{.windows = calibration.text.count()};
+  const bool mtp = model.FindPart(Part::kMtp) != nullptr;
+  for (int64_t n = 0; n < calibration.count(); ++n) {
+    const LossSpan span = SpanOf(Part::kText, calibration, n, labels);
+    const bool caption = calibration.IsCaption(n);
+    (caption ? tokens.caption : tokens.text) += span.end - span.begin;
+    if (caption || !mtp) continue;
+    const LossSpan further = SpanOf(Part::kMtp, calibration, n, labels);
+    tokens.mtp += std::max<int64_t>(further.end - further.begin, 0);
+  }
+  return tokens;
 }
 
-Status RunProbe(const Model& model, const TokenWindows& windows, const ProbeOptions& options,
+Status RunProbe(const Model& model, const Calibration& calibration, const ProbeOptions& options,
                 RunStore& store) {
-  return GuardTorch("probe", [&] { return Probe(model, windows, options, store).Run(); });
+  return GuardTorch("probe", [&] { return RunPasses(model, calibration, options, store); });
 }
 
 }  // namespace prismaquant

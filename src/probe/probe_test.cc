@@ -19,7 +19,7 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-// The bundled model and a few short windows.
+// The bundled model with a few short windows and two captioned images: all parts of a model.
 class ProbeTest : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -32,20 +32,37 @@ class ProbeTest : public ::testing::Test {
     checkpoint_ = std::make_unique<Checkpoint>(std::move(checkpoint).value());
     model_ = Model::Open(*checkpoint_).value();
     for (int32_t n = 0; n < 3; ++n) {
-      std::vector<int32_t>& window = windows_.windows.emplace_back();
+      std::vector<int32_t>& window = calibration_.text.windows.emplace_back();
       for (int32_t t = 0; t < 20; ++t) window.push_back((n * 31 + t * t * 7 + 100) % 2000);
     }
+    const ModelConfig& config = model_->config();
+    const Tokenizer tokenizer = Tokenizer::Load(checkpoint_->folder()).value();
+    calibration_.captions =
+        LoadCaptions(checkpoint_->folder() / "samples", checkpoint_->folder(), tokenizer,
+                     {.image = static_cast<int32_t>(config.image_token),
+                      .start = static_cast<int32_t>(config.vision_start_token),
+                      .end = static_cast<int32_t>(config.vision_end_token)},
+                     2)
+            .value();
   }
   RunStore Store(const std::string& name, FileSystem& fs = FileSystem::Default()) const {
     return RunStore::Open(fs, folder_ / name).value();
   }
-  Status Run(RunStore& store) const { return RunProbe(*model_, windows_, {}, store); }
-  int64_t tokens() const { return LossTokens(windows_, LabelRule::kSampled); }
+  Status Run(RunStore& store, const std::vector<const Format*>& formats = {}) const {
+    return RunProbe(*model_, calibration_, {.formats = formats}, store);
+  }
+  LossTokens tokens() const { return CountLossTokens(*model_, calibration_, LabelRule::kSampled); }
+  Part PartOf(const std::string& name) const {
+    for (const LinearInfo& linear : model_->linears()) {
+      if (linear.name == name) return linear.part;
+    }
+    return Part::kText;
+  }
 
   TemporaryFolder folder_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Model> model_;
-  TokenWindows windows_;
+  Calibration calibration_;
 };
 
 void ExpectSame(RunStore& a, RunStore& b) {
@@ -103,18 +120,37 @@ TEST_F(ProbeTest, UnitsSumTheirMembersBeforeSquaring) {
   RunStore store = Store("work");
   ASSERT_TRUE(Run(store).ok());
   const auto costs = store.Costs().value();
-  const auto units = BuildUnitCosts(*model_, store, tokens(), {.any_kernel = true}).value();
+  const auto units = BuildUnitCosts(*model_, store, tokens(),
+                                    {.weights = {.text = 2, .caption = 3, .mtp = 5},
+                                     .rules = {.any_kernel = true, .vision = true}})
+                         .value();
   bool fused = false;
+  std::set<Part> parts;
   for (const UnitCosts& unit : units) {
     for (const UnitFormat& format : unit.formats) {
-      double squares = 0;
-      for (size_t n = 0; n < 3; ++n) {
+      std::vector<double> squares;
+      for (size_t n = 0; n < 5; ++n) {
         double s = 0;
-        for (const std::string& linear : unit.linears)
+        for (const std::string& linear : unit.linears) {
+          ASSERT_EQ(costs.at(linear).at(format.format).directional.size(), 5U) << linear;
           s += costs.at(linear).at(format.format).directional[n];
-        squares += s * s;
+        }
+        squares.push_back(s * s / 2);
       }
-      EXPECT_NEAR(format.cost, squares / 2 / 60, 1e-12 * (1 + squares)) << unit.name;
+      const double windows = squares[0] + squares[1] + squares[2];
+      const double captions = squares[3] + squares[4];
+      const Part part = PartOf(unit.linears.front());
+      parts.insert(part);
+      EXPECT_EQ(part == Part::kVision && windows > 0, false) << unit.name;
+      EXPECT_EQ(part == Part::kMtp && captions > 0, false) << unit.name;
+      const bool mtp = part == Part::kMtp;
+      const double text = mtp ? 0 : windows / 60, caption = captions / tokens().caption;
+      const double draft = mtp ? windows / 57 : 0;
+      EXPECT_NEAR(format.losses.text, text, 1e-12 * (1 + text)) << unit.name;
+      EXPECT_NEAR(format.losses.caption, caption, 1e-12 * (1 + caption)) << unit.name;
+      EXPECT_NEAR(format.losses.mtp, draft, 1e-12 * (1 + draft)) << unit.name;
+      const double cost = 2 * text + 3 * caption + 5 * draft;
+      EXPECT_NEAR(format.cost, cost, 1e-12 * (1 + cost)) << unit.name;
       int64_t bytes = 0;
       for (const LinearInfo& linear : model_->linears()) {
         if (linear.unit != unit.name) continue;
@@ -125,6 +161,42 @@ TEST_F(ProbeTest, UnitsSumTheirMembersBeforeSquaring) {
     fused |= unit.linears.size() > 1;
   }
   EXPECT_TRUE(fused);
+  EXPECT_EQ(parts, (std::set<Part>{Part::kText, Part::kMtp, Part::kVision}));
+}
+
+TEST_F(ProbeTest, FormatsThatAreAskedForLaterArePricedAlike) {
+  const std::vector<const Format*> first = {FindFormat("nvfp4"), FindFormat("bf16")};
+  const std::vector<const Format*> second = {FindFormat("int4"), FindFormat("nvfp4")};
+  std::vector<const Format*> both = first;
+  both.push_back(FindFormat("int4"));
+  RunStore at_once = Store("at_once"), in_turn = Store("in_turn");
+  ASSERT_TRUE(Run(at_once, both).ok());
+  ASSERT_TRUE(Run(in_turn, first).ok());
+  EXPECT_EQ(PricedFormats(in_turn).value(), (std::vector<std::string>{"nvfp4", "bf16"}));
+  const auto before = in_turn.Costs().value();
+  for (const auto& [linear, formats] : before) EXPECT_EQ(formats.count("int4"), 0U) << linear;
+  ASSERT_TRUE(Run(in_turn, second).ok());
+  EXPECT_EQ(PricedFormats(in_turn).value(), PricedFormats(at_once).value());
+  ExpectSame(at_once, in_turn);
+  const auto after = in_turn.Costs().value();
+  for (const auto& [linear, formats] : after) {
+    EXPECT_EQ(formats.at("nvfp4").directional, before.at(linear).at("nvfp4").directional);
+  }
+}
+
+TEST_F(ProbeTest, TheOutputProjectionIsPricedByItsLogits) {
+  RunStore store = Store("work");
+  ASSERT_TRUE(Run(store, {FindFormat("fp8"), FindFormat("bf16")}).ok());
+  const auto costs = store.Costs().value().at("lm_head");
+  EXPECT_EQ(costs.at("bf16").directional, std::vector<double>(5, 0));
+  EXPECT_GT(costs.at("fp8").weight_mse, 0);
+  for (int n = 0; n < 3; ++n) EXPECT_NE(costs.at("fp8").directional[n], 0);
+  const UnitCostOptions chosen{.rules = {.head = FindFormat("fp8"), .formats = {"fp8", "bf16"}}};
+  const auto units = BuildUnitCosts(*model_, store, tokens(), chosen).value();
+  const auto head = std::find_if(units.begin(), units.end(),
+                                 [](const UnitCosts& unit) { return unit.name == "lm_head"; });
+  ASSERT_NE(head, units.end());
+  EXPECT_EQ(head->chosen, "fp8");
 }
 
 TEST_F(ProbeTest, JointLossHasTheCrossTermsBetweenUnits) {
@@ -134,19 +206,20 @@ TEST_F(ProbeTest, JointLossHasTheCrossTermsBetweenUnits) {
   std::map<std::string, std::string> choices;
   std::vector<double> sums(3, 0);
   for (const LinearInfo& linear : model_->linears()) {
-    if (!linear.allocatable) continue;
+    if (!linear.allocatable || linear.part != Part::kText) continue;
     choices[linear.name] = linear.layer % 2 == 0 ? "nvfp4" : "fp8";
     for (size_t n = 0; n < 3; ++n)
       sums[n] += costs.at(linear.name).at(choices[linear.name]).directional[n];
   }
   const double expected = (sums[0] * sums[0] + sums[1] * sums[1] + sums[2] * sums[2]) / 2 / 60;
-  EXPECT_NEAR(JointLoss(store, tokens(), choices).value(), expected, 1e-12 * (1 + expected));
+  const PartLosses found = JointLoss(*model_, store, tokens(), choices).value();
+  EXPECT_NEAR(found.text, expected, 1e-12 * (1 + expected));
 }
 
 TEST_F(ProbeTest, KernelRulesTakeFormatsFromNarrowUnits) {
   const auto count = [&](bool any_kernel) {
     int mxfp8 = 0;
-    for (const UnitCosts& unit : UnitsWithoutCosts(*model_, any_kernel)) {
+    for (const UnitCosts& unit : UnitsWithoutCosts(*model_, {.any_kernel = any_kernel})) {
       for (const UnitFormat& format : unit.formats) {
         mxfp8 += format.format == "mxfp8";
         EXPECT_EQ(format.cost, 0);
@@ -175,7 +248,7 @@ TEST(NonFiniteProbe, IsRefusedNamingWhatOverflowed) {
     const TinyCheckpoint tiny({{scaled, scaled.ends_with("up_proj.weight") ? 1e19 : 3e38}});
     const TemporaryFolder folder;
     RunStore store = RunStore::Open(FileSystem::Default(), folder / "work").value();
-    const Status status = RunProbe(tiny.model(), tiny.windows(), {}, store);
+    const Status status = RunProbe(tiny.model(), tiny.calibration(), {}, store);
     EXPECT_EQ(status.code(), StatusCode::kInvalidInput) << scaled << ": " << status.message();
     EXPECT_THAT(status.message(), AllOf(HasSubstr(": " + what), HasSubstr("not finite")));
     EXPECT_FALSE(*store.IsDone("backward", 1));
@@ -183,8 +256,20 @@ TEST(NonFiniteProbe, IsRefusedNamingWhatOverflowed) {
 }
 
 TEST_F(ProbeTest, PositionsWithALossAreCounted) {
-  EXPECT_EQ(LossTokens(windows_, LabelRule::kSampled), 60);
-  EXPECT_EQ(LossTokens(windows_, LabelRule::kData), 57);
+  const LossTokens sampled = CountLossTokens(*model_, calibration_, LabelRule::kSampled);
+  const LossTokens data = CountLossTokens(*model_, calibration_, LabelRule::kData);
+  int64_t caption = 0;
+  for (const CaptionSequence& sequence : calibration_.captions) {
+    caption += static_cast<int64_t>(sequence.ids.size()) - sequence.first_label;
+  }
+  EXPECT_EQ(sampled.text, 60);
+  EXPECT_EQ(data.text, 57);
+  EXPECT_EQ(sampled.mtp, 57);
+  EXPECT_EQ(data.mtp, 54);
+  EXPECT_GT(caption, 10);
+  EXPECT_EQ(sampled.caption, caption);
+  EXPECT_EQ(data.caption, caption);
+  EXPECT_EQ(sampled.windows, 3);
 }
 
 }  // namespace

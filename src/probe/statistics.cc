@@ -29,7 +29,8 @@ const at::Tensor& ActivationErrors::Error(const Format& format, const SharedScal
 }
 
 LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& weight,
-                                   const SharedScales& scales)
+                                   const SharedScales& scales,
+                                   std::span<const Format* const> formats, int64_t sequences)
     : scales_(scales) {
   stats_.name = linear.name;
   stats_.layer = linear.layer;
@@ -37,13 +38,13 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
   stats_.weight_amax = weight_f32.abs().max().item<double>();
   stats_.input_amax = scales.input_amax;
   if (!linear.allocatable) return;
-  for (const Format* format : AllFormats()) {
+  for (const Format* format : formats) {
     if (!format->Supports(linear.out, linear.in)) continue;
     formats_.push_back(format);
     costs_.push_back({.linear = linear.name,
                       .format = std::string(format->name()),
                       .weight_mse = 0,
-                      .directional = {}});
+                      .directional = std::vector<double>(static_cast<size_t>(sequences), 0)});
     if (format == &SourceFormat()) {
       weight_errors_.emplace_back();
       continue;
@@ -55,8 +56,8 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
   }
 }
 
-void LinearStatistics::AddSequence(const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx,
-                                   ActivationErrors& activations) {
+void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g,
+                                   const at::Tensor& dx, ActivationErrors& activations) {
   const at::Tensor& x_f32 = activations.SetInput(x);
   const at::Tensor g_f32 = g.to(at::kFloat);
   const at::Tensor grad_squares = g_f32.square().sum(-1);
@@ -73,7 +74,7 @@ void LinearStatistics::AddSequence(const at::Tensor& x, const at::Tensor& g, con
     if (weight_errors_[i].defined()) s += InnerProduct(weight_gradient, weight_errors_[i]);
     if (formats_[i]->quantizes_activations())
       s += InnerProduct(dx_f32, activations.Error(*formats_[i], scales_));
-    costs_[i].directional.push_back(s);
+    costs_[i].directional[static_cast<size_t>(sequence)] = s;
   }
 }
 
@@ -81,6 +82,8 @@ LinearStats LinearStatistics::Stats() const { return stats_; }
 
 std::vector<LinearCost> LinearStatistics::Costs() const { return costs_; }
 
-at::Tensor LinearStatistics::TokenWeights() const { return at::cat(token_weights_); }
+at::Tensor LinearStatistics::TokenWeights() const {
+  return token_weights_.empty() ? at::empty({0}) : at::cat(token_weights_);
+}
 
 }  // namespace prismaquant

@@ -9,13 +9,14 @@
 //   dx_f = Q_f(x) - x,   s_nf = < sum_t g_t x_t^T, dW > + sum_t < W^T g_t, dx_f >.
 // fisher-trace: sum_t |g_t|^2 |x_t|^2.
 //
-// All sums are in float64 over blocks that are summed in float32. One thread feeds it, sequence by
-// sequence.
+// A sequence none of whose tokens reached the Linear has s_nf = 0. All sums are in float64 over
+// blocks that are summed in float32. One thread feeds it, sequence by sequence.
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -41,11 +42,13 @@ class ActivationErrors {
 
 class LinearStatistics {
  public:
-  // `weight` [out, in] as stored. Formats that cannot hold the weight are left out.
-  LinearStatistics(const LinearInfo& linear, const at::Tensor& weight, const SharedScales& scales);
+  // `weight` [out, in] as stored; `sequences`: how many there are. Formats that cannot hold the
+  // weight are left out.
+  LinearStatistics(const LinearInfo& linear, const at::Tensor& weight, const SharedScales& scales,
+                   std::span<const Format* const> formats, int64_t sequences);
 
   // One sequence: x [tokens, in], g [tokens, out], dx [tokens, in].
-  void AddSequence(const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx,
+  void AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx,
                    ActivationErrors& activations);
 
   LinearStats Stats() const;

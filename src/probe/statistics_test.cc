@@ -64,12 +64,13 @@ TEST(LinearStatistics, AreTheDefinitionsOfTheCostModels) {
   const at::Tensor weight = torch::randn({kOut, kIn});
   const SharedScales scales{.weight_amax = weight.abs().max().item<double>() * 1.5,
                             .input_amax = 4};
-  LinearStatistics statistics(MakeLinear(kIn), weight, scales);
+  LinearStatistics statistics(MakeLinear(kIn), weight, scales, AllFormats(), 3);
   ActivationErrors activations;
   const Sequence sequences[] = {MakeSequence(kIn), MakeSequence(kIn), MakeSequence(kIn)};
   double trace = 0, squares = 0;
+  int64_t number = 0;
   for (const Sequence& s : sequences) {
-    statistics.AddSequence(s.x, s.g, at::matmul(s.g, weight), activations);
+    statistics.AddSequence(number++, s.x, s.g, at::matmul(s.g, weight), activations);
     for (int64_t t = 0; t < kTokens; ++t) {
       const double g2 = s.g[t].square().sum().item<double>();
       trace += g2 * s.x[t].square().sum().item<double>();
@@ -105,14 +106,33 @@ TEST(LinearStatistics, AreTheDefinitionsOfTheCostModels) {
 TEST(LinearStatistics, AFormatThatCannotHoldTheWeightHasNoCost) {
   for (const int64_t in : {17, 48}) {
     const at::Tensor weight = torch::randn({kOut, in});
-    LinearStatistics statistics(MakeLinear(in), weight, {.weight_amax = 3, .input_amax = 3});
+    LinearStatistics statistics(MakeLinear(in), weight, {.weight_amax = 3, .input_amax = 3},
+                                AllFormats(), 1);
     ActivationErrors activations;
     const Sequence s = MakeSequence(in);
-    statistics.AddSequence(s.x, s.g, at::matmul(s.g, weight), activations);
+    statistics.AddSequence(0, s.x, s.g, at::matmul(s.g, weight), activations);
     EXPECT_EQ(Names(statistics), Supporting(kOut, in));
     EXPECT_EQ(Names(statistics).contains("nvfp4"), in == 48);
     EXPECT_FALSE(Names(statistics).contains("mxfp8"));
     for (const LinearCost& cost : statistics.Costs()) EXPECT_EQ(cost.directional.size(), 1U);
+  }
+}
+
+TEST(LinearStatistics, ASequenceThatDidNotReachTheLinearCostsNothing) {
+  torch::manual_seed(2);
+  const at::Tensor weight = torch::randn({kOut, kIn});
+  const std::vector<const Format*> formats = {FindFormat("nvfp4"), FindFormat("bf16")};
+  LinearStatistics statistics(MakeLinear(kIn), weight, {.weight_amax = 3, .input_amax = 3}, formats,
+                              3);
+  ActivationErrors activations;
+  const Sequence s = MakeSequence(kIn);
+  statistics.AddSequence(1, s.x, s.g, at::matmul(s.g, weight), activations);
+  EXPECT_EQ(Names(statistics), (std::set<std::string>{"nvfp4", "bf16"}));
+  for (const LinearCost& cost : statistics.Costs()) {
+    ASSERT_EQ(cost.directional.size(), 3U);
+    EXPECT_EQ(cost.directional[0], 0);
+    EXPECT_EQ(cost.directional[2], 0);
+    EXPECT_EQ(cost.directional[1] != 0, cost.format == "nvfp4");
   }
 }
 
@@ -133,10 +153,10 @@ TEST(LinearStatistics, AnUnquantizedLinearHasStatisticsButNoCosts) {
   LinearInfo linear = MakeLinear(kIn);
   linear.allocatable = false;
   const at::Tensor weight = torch::randn({kOut, kIn});
-  LinearStatistics statistics(linear, weight, {.weight_amax = 3, .input_amax = 3});
+  LinearStatistics statistics(linear, weight, {.weight_amax = 3, .input_amax = 3}, AllFormats(), 1);
   ActivationErrors activations;
   const Sequence s = MakeSequence(kIn);
-  statistics.AddSequence(s.x, s.g, at::matmul(s.g, weight), activations);
+  statistics.AddSequence(0, s.x, s.g, at::matmul(s.g, weight), activations);
   EXPECT_TRUE(statistics.Costs().empty());
   EXPECT_GT(statistics.Stats().fisher_trace, 0);
 }

@@ -65,13 +65,13 @@ class TinyCheckpoint {
     checkpoint_ = std::make_unique<Checkpoint>(Checkpoint::Open(folder_ / "source").value());
     model_ = Model::Open(*checkpoint_).value();
     for (int32_t n = 0; n < kSequences; ++n) {
-      std::vector<int32_t>& window = windows_.windows.emplace_back();
+      std::vector<int32_t>& window = calibration_.text.windows.emplace_back();
       for (int32_t t = 0; t < kTokens; ++t) window.push_back((n * 31 + t * t * 7 + n * t) % 48);
     }
   }
 
   const Model& model() const { return *model_; }
-  const TokenWindows& windows() const { return windows_; }
+  const Calibration& calibration() const { return calibration_; }
 
  private:
   void Add(const std::string& name, const std::vector<int64_t>& shape) {
@@ -90,7 +90,7 @@ class TinyCheckpoint {
   std::vector<CheckpointWriter::Tensor> plan_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Model> model_;
-  TokenWindows windows_;
+  Calibration calibration_;
 };
 
 }  // namespace prismaquant

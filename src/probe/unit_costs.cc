@@ -11,12 +11,17 @@ namespace {
 
 using CostTable = std::map<std::string, std::map<std::string, LinearCost>>;
 
-// Allocatable Linears by unit, in model order.
-std::vector<std::vector<LinearInfo>> GroupByUnit(const Model& model) {
+bool IsAllocated(const LinearInfo& linear, const UnitRules& rules) {
+  if (linear.part == Part::kHead) return rules.head != nullptr;
+  return linear.allocatable && (linear.part != Part::kVision || rules.vision);
+}
+
+// Allocated Linears by unit, in model order.
+std::vector<std::vector<LinearInfo>> GroupByUnit(const Model& model, const UnitRules& rules) {
   std::vector<std::vector<LinearInfo>> units;
   std::map<std::string, size_t> index;
   for (const LinearInfo& linear : model.linears()) {
-    if (!linear.allocatable) continue;
+    if (!IsAllocated(linear, rules)) continue;
     const auto [found, fresh] = index.try_emplace(linear.unit, units.size());
     if (fresh) units.emplace_back();
     units[found->second].push_back(linear);
@@ -24,23 +29,37 @@ std::vector<std::vector<LinearInfo>> GroupByUnit(const Model& model) {
   return units;
 }
 
-bool Admissible(const Format& format, const std::vector<LinearInfo>& members, bool any_kernel) {
-  int64_t fused_out = 0;
+bool Admissible(const Format& format, const std::vector<LinearInfo>& members,
+                const UnitRules& rules) {
+  // What a kernel multiplies at once: the fused Linears of a unit, or of one expert.
+  std::map<std::string, int64_t> outputs;
   for (const LinearInfo& member : members) {
     if (!format.Supports(member.out, member.in)) return false;
-    fused_out += member.out;
+    outputs[member.scale_group] += member.out;
   }
-  return any_kernel || fused_out % format.kernel_out_multiple() == 0;
+  return rules.any_kernel || std::all_of(outputs.begin(), outputs.end(), [&](const auto& fused) {
+           return fused.second % format.kernel_out_multiple() == 0;
+         });
 }
 
-UnitCosts DescribeUnit(const std::vector<LinearInfo>& members, bool any_kernel) {
+bool IsAsked(const Format& format, const std::vector<std::string>& names) {
+  return names.empty() || std::find(names.begin(), names.end(), format.name()) != names.end();
+}
+
+UnitCosts DescribeUnit(const std::vector<LinearInfo>& members, const UnitRules& rules) {
   UnitCosts unit{.name = members.front().unit, .linears = {}, .weights = 0, .formats = {}};
   for (const LinearInfo& member : members) {
     unit.linears.push_back(member.name);
     unit.weights += member.out * member.in;
   }
+  const bool head = members.front().part == Part::kHead;
+  if (head) unit.chosen = rules.head->name();
   for (const Format* format : AllFormats()) {
-    if (!Admissible(*format, members, any_kernel)) continue;
+    if (head ? format != rules.head && format != &SourceFormat()
+             : !IsAsked(*format, rules.formats)) {
+      continue;
+    }
+    if (!Admissible(*format, members, rules)) continue;
     UnitFormat& entry = unit.formats.emplace_back();
     entry.format = format->name();
     for (const LinearInfo& member : members) {
@@ -59,26 +78,64 @@ Result<const LinearCost*> FindCost(const CostTable& costs, const std::string& li
     if (cell != row->second.end()) return &cell->second;
   }
   return Status::InvalidInput(
-      fmt::format("the run store has no cost of {} for {}; run `prismaquant probe` to its end",
-                  format, linear));
+      fmt::format("the run store has no cost of {} for {}; run `prismaquant probe --formats {}`",
+                  format, linear, format));
 }
 
-// Half the mean square of the members' summed s_n.
-Result<double> DirectionalLoss(const CostTable& costs,
-                               const std::map<std::string, std::string>& choices, int64_t tokens) {
-  std::vector<double> sums;
+std::map<std::string, Part> PartsByName(const Model& model) {
+  std::map<std::string, Part> parts;
+  for (const LinearInfo& linear : model.linears()) parts[linear.name] = linear.part;
+  return parts;
+}
+
+// Adds s_n of one Linear to the sums over a set of them.
+void AddTo(std::vector<double>& sums, const std::vector<double>& directional) {
+  if (directional.size() > sums.size()) sums.resize(directional.size(), 0);
+  for (size_t n = 0; n < directional.size(); ++n) sums[n] += directional[n];
+}
+
+// Half the mean square of s_n over the sequences [first, end).
+double HalfMeanSquare(const std::vector<double>& sums, size_t first, size_t end, int64_t tokens) {
+  double squares = 0;
+  for (size_t n = first; n < std::min(end, sums.size()); ++n) squares += sums[n] * sums[n];
+  return tokens == 0 ? 0 : squares / 2 / static_cast<double>(tokens);
+}
+
+Result<PartLosses> DirectionalLosses(const CostTable& costs,
+                                     const std::map<std::string, std::string>& choices,
+                                     const std::map<std::string, Part>& parts,
+                                     const LossTokens& tokens) {
+  std::vector<double> main, mtp;
   for (const auto& [linear, format] : choices) {
     PQ_ASSIGN_OR_RETURN(const LinearCost* cost, FindCost(costs, linear, format));
-    if (cost->directional.size() > sums.size()) sums.resize(cost->directional.size(), 0);
-    for (size_t n = 0; n < cost->directional.size(); ++n) sums[n] += cost->directional[n];
+    AddTo(parts.at(linear) == Part::kMtp ? mtp : main, cost->directional);
   }
-  double squares = 0;
-  for (const double s : sums) squares += s * s;
-  return squares / 2 / static_cast<double>(tokens);
+  const auto windows = static_cast<size_t>(tokens.windows);
+  return PartLosses{.text = HalfMeanSquare(main, 0, windows, tokens.text),
+                    .caption = HalfMeanSquare(main, windows, main.size(), tokens.caption),
+                    .mtp = HalfMeanSquare(mtp, 0, windows, tokens.mtp)};
 }
 
-double FisherTraceLoss(const LinearStats& stats, const LinearCost& cost, int64_t tokens) {
-  return stats.fisher_trace / static_cast<double>(tokens) * cost.weight_mse / 2;
+// Per token of the losses that a Linear moves.
+double TracePerToken(const LinearStats& stats, Part part, const LossTokens& tokens) {
+  const int64_t count = part == Part::kMtp      ? tokens.mtp
+                        : part == Part::kVision ? tokens.caption
+                        : part == Part::kHead   ? tokens.text
+                                                : tokens.text + tokens.caption;
+  return count == 0 ? 0 : stats.fisher_trace / static_cast<double>(count);
+}
+
+// The trace of a Linear sums over all losses that it moves, so all of it counts as one part's.
+PartLosses FisherTraceLosses(const LinearStats& stats, const LinearCost& cost, Part part,
+                             const LossTokens& tokens) {
+  const double loss = TracePerToken(stats, part, tokens) * cost.weight_mse / 2;
+  if (part == Part::kMtp) return {.mtp = loss};
+  if (part == Part::kVision) return {.caption = loss};
+  return {.text = loss};
+}
+
+double Weighted(const PartLosses& losses, const PartWeights& weights) {
+  return weights.text * losses.text + weights.caption * losses.caption + weights.mtp * losses.mtp;
 }
 
 Result<std::map<std::string, LinearStats>> StatsByName(RunStore& store) {
@@ -90,44 +147,58 @@ Result<std::map<std::string, LinearStats>> StatsByName(RunStore& store) {
 
 }  // namespace
 
-std::vector<UnitCosts> UnitsWithoutCosts(const Model& model, bool any_kernel) {
+std::vector<UnitCosts> UnitsWithoutCosts(const Model& model, const UnitRules& rules) {
   std::vector<UnitCosts> units;
-  for (const auto& members : GroupByUnit(model)) units.push_back(DescribeUnit(members, any_kernel));
+  for (const auto& members : GroupByUnit(model, rules)) {
+    units.push_back(DescribeUnit(members, rules));
+  }
   return units;
 }
 
-Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& store, int64_t tokens,
+Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& store,
+                                              const LossTokens& tokens,
                                               const UnitCostOptions& options) {
   PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
   PQ_ASSIGN_OR_RETURN(const auto stats, StatsByName(store));
-  std::vector<UnitCosts> units = UnitsWithoutCosts(model, options.any_kernel);
+  const auto parts = PartsByName(model);
+  std::vector<UnitCosts> units = UnitsWithoutCosts(model, options.rules);
   for (UnitCosts& unit : units) {
     for (UnitFormat& format : unit.formats) {
       if (options.cost == CostModel::kDirectional) {
         std::map<std::string, std::string> choices;
         for (const std::string& linear : unit.linears) choices[linear] = format.format;
-        PQ_ASSIGN_OR_RETURN(format.cost, DirectionalLoss(costs, choices, tokens));
-        continue;
+        PQ_ASSIGN_OR_RETURN(format.losses, DirectionalLosses(costs, choices, parts, tokens));
+      } else {
+        for (const std::string& linear : unit.linears) {
+          PQ_ASSIGN_OR_RETURN(const LinearCost* cost, FindCost(costs, linear, format.format));
+          const PartLosses losses =
+              FisherTraceLosses(stats.at(linear), *cost, parts.at(linear), tokens);
+          format.losses.text += losses.text;
+          format.losses.caption += losses.caption;
+          format.losses.mtp += losses.mtp;
+        }
       }
-      for (const std::string& linear : unit.linears) {
-        PQ_ASSIGN_OR_RETURN(const LinearCost* cost, FindCost(costs, linear, format.format));
-        format.cost += FisherTraceLoss(stats.at(linear), *cost, tokens);
-      }
+      format.cost = Weighted(format.losses, options.weights);
     }
   }
   return units;
 }
 
-Result<double> JointLoss(RunStore& store, int64_t tokens,
-                         const std::map<std::string, std::string>& choices) {
+Result<PartLosses> JointLoss(const Model& model, RunStore& store, const LossTokens& tokens,
+                             const std::map<std::string, std::string>& choices) {
   PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
-  return DirectionalLoss(costs, choices, tokens);
+  return DirectionalLosses(costs, choices, PartsByName(model), tokens);
 }
 
-Result<Json> ProbeToJson(const Model& model, RunStore& store, int64_t tokens) {
+Result<Json> ProbeToJson(const Model& model, RunStore& store, const LossTokens& tokens) {
   PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
   PQ_ASSIGN_OR_RETURN(const auto stats, StatsByName(store));
-  Json json = {{"schema", 1}, {"tokens", tokens}, {"linears", Json::object()}};
+  const auto parts = PartsByName(model);
+  Json json = {{"schema", 1},
+               {"tokens", tokens.text},
+               {"caption_tokens", tokens.caption},
+               {"mtp_tokens", tokens.mtp},
+               {"linears", Json::object()}};
   for (const LinearInfo& linear : model.linears()) {
     const auto found = stats.find(linear.name);
     if (found == stats.end()) continue;
@@ -136,20 +207,27 @@ Result<Json> ProbeToJson(const Model& model, RunStore& store, int64_t tokens) {
              {"in", linear.in},
              {"unit", linear.unit},
              {"tokens", found->second.tokens},
-             {"fisher_trace", found->second.fisher_trace / static_cast<double>(tokens)},
+             {"fisher_trace", TracePerToken(found->second, linear.part, tokens)},
              {"input_amax", found->second.input_amax},
              {"weight_amax", found->second.weight_amax},
              {"costs", Json::object()}};
     const auto row = costs.find(linear.name);
     if (row == costs.end()) continue;
     for (const auto& [format, cost] : row->second) {
-      PQ_ASSIGN_OR_RETURN(const double directional,
-                          DirectionalLoss(costs, {{linear.name, format}}, tokens));
-      entry["costs"][format] = {
-          {"directional", directional},
-          {"fisher_trace", FisherTraceLoss(found->second, cost, tokens)},
-          {"weight_mse", cost.weight_mse},
-          {"bytes", FindFormat(format)->Bytes(linear.out, linear.in, linear.dtype)}};
+      PQ_ASSIGN_OR_RETURN(const PartLosses losses,
+                          DirectionalLosses(costs, {{linear.name, format}}, parts, tokens));
+      const PartLosses trace = FisherTraceLosses(found->second, cost, linear.part, tokens);
+      Json& priced = entry["costs"][format];
+      const bool mtp = linear.part == Part::kMtp, vision = linear.part == Part::kVision;
+      priced = {{"directional", mtp      ? losses.mtp
+                                : vision ? losses.caption
+                                         : losses.text},
+                {"fisher_trace", trace.text + trace.caption + trace.mtp},
+                {"weight_mse", cost.weight_mse},
+                {"bytes", FindFormat(format)->Bytes(linear.out, linear.in, linear.dtype)}};
+      if (linear.part == Part::kText && tokens.caption > 0) {
+        priced["directional_caption"] = losses.caption;
+      }
     }
   }
   return json;

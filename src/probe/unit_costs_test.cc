@@ -22,6 +22,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr int64_t kPositions = 8;
+constexpr LossTokens kTokens{.text = kPositions, .windows = 2};
 constexpr char kAttention[] = "model.layers.0.self_attn.";
 
 // A store with made-up numbers: s_n of the i-th Linear are i + 1 and -2 in every format, its
@@ -55,8 +56,7 @@ class UnitCostsTest : public ::testing::Test {
   }
   RunStore Store() const { return RunStore::Open(FileSystem::Default(), folder_ / "work").value(); }
   std::vector<UnitCosts> Build(RunStore& store, const UnitCostOptions& options) const {
-    Result<std::vector<UnitCosts>> units =
-        BuildUnitCosts(tiny_.model(), store, kPositions, options);
+    Result<std::vector<UnitCosts>> units = BuildUnitCosts(tiny_.model(), store, kTokens, options);
     EXPECT_TRUE(units.ok()) << units.status().message();
     return units.ok() ? *units : std::vector<UnitCosts>();
   }
@@ -71,7 +71,7 @@ class UnitCostsTest : public ::testing::Test {
 };
 
 TEST_F(UnitCostsTest, UnitsAreTheFusedSetsInModelOrder) {
-  const std::vector<UnitCosts> units = UnitsWithoutCosts(tiny_.model(), true);
+  const std::vector<UnitCosts> units = UnitsWithoutCosts(tiny_.model(), {.any_kernel = true});
   ASSERT_EQ(units.size(), 8U);
   const std::string attention = kAttention, mlp = "model.layers.0.mlp.";
   EXPECT_THAT(units[0].linears,
@@ -91,11 +91,11 @@ TEST_F(UnitCostsTest, UnitsAreTheFusedSetsInModelOrder) {
 }
 
 TEST_F(UnitCostsTest, Mxfp8NeedsAFusedOutputOfWholeTiles) {
-  for (const UnitCosts& unit : UnitsWithoutCosts(tiny_.model(), false)) {
+  for (const UnitCosts& unit : UnitsWithoutCosts(tiny_.model(), {})) {
     EXPECT_EQ(Names(unit).contains("mxfp8"), unit.linears.size() == 3) << unit.name;
     EXPECT_TRUE(Names(unit).contains("nvfp4")) << unit.name;
   }
-  for (const UnitCosts& unit : UnitsWithoutCosts(tiny_.model(), true)) {
+  for (const UnitCosts& unit : UnitsWithoutCosts(tiny_.model(), {.any_kernel = true})) {
     EXPECT_TRUE(Names(unit).contains("mxfp8")) << unit.name;
     EXPECT_TRUE(Names(unit).contains("bf16")) << unit.name;
   }
@@ -104,7 +104,7 @@ TEST_F(UnitCostsTest, Mxfp8NeedsAFusedOutputOfWholeTiles) {
 TEST_F(UnitCostsTest, MembersAreSummedBeforeSquaring) {
   RunStore store = Store();
   Fill(store);
-  const std::vector<UnitCosts> units = Build(store, {.any_kernel = true});
+  const std::vector<UnitCosts> units = Build(store, {.rules = {.any_kernel = true}});
   ASSERT_EQ(units.size(), 8U);
   for (const UnitFormat& format : units[0].formats)
     EXPECT_DOUBLE_EQ(format.cost, (6.0 * 6 + 6.0 * 6) / 2 / kPositions);
@@ -116,7 +116,7 @@ TEST_F(UnitCostsTest, FisherTraceSumsTraceTimesSquaredError) {
   RunStore store = Store();
   Fill(store);
   const std::vector<UnitCosts> units =
-      Build(store, {.cost = CostModel::kFisherTrace, .any_kernel = true});
+      Build(store, {.cost = CostModel::kFisherTrace, .rules = {.any_kernel = true}});
   ASSERT_EQ(units.size(), 8U);
   for (const auto& [unit, members] : {std::pair(units[0], 1 + 2 + 3), std::pair(units[1], 4)}) {
     EXPECT_TRUE(Names(unit).contains("fp8"));
@@ -133,8 +133,9 @@ TEST_F(UnitCostsTest, JointLossHasTheCrossTerms) {
   const std::string attention = kAttention;
   const std::map<std::string, std::string> choices = {{attention + "q_proj", "nvfp4"},
                                                       {attention + "o_proj", "fp8"}};
-  EXPECT_DOUBLE_EQ(*JointLoss(store, kPositions, choices), (5.0 * 5 + 4.0 * 4) / 2 / kPositions);
-  EXPECT_EQ(*JointLoss(store, kPositions, {}), 0);
+  EXPECT_DOUBLE_EQ(JointLoss(tiny_.model(), store, kTokens, choices)->text,
+                   (5.0 * 5 + 4.0 * 4) / 2 / kPositions);
+  EXPECT_EQ(JointLoss(tiny_.model(), store, kTokens, {})->text, 0);
 }
 
 TEST_F(UnitCostsTest, AMissingCostIsNamed) {
@@ -142,19 +143,19 @@ TEST_F(UnitCostsTest, AMissingCostIsNamed) {
   RunStore store = Store();
   Fill(store, {linear + " fp8"});
   for (const CostModel cost : {CostModel::kDirectional, CostModel::kFisherTrace}) {
-    const Status status = BuildUnitCosts(tiny_.model(), store, kPositions, {.cost = cost}).status();
+    const Status status = BuildUnitCosts(tiny_.model(), store, kTokens, {.cost = cost}).status();
     EXPECT_EQ(status.code(), StatusCode::kInvalidInput);
     EXPECT_THAT(status.message(), AllOf(HasSubstr(linear), HasSubstr("fp8")));
   }
-  EXPECT_EQ(JointLoss(store, kPositions, {{linear, "fp8"}}).status().code(),
+  EXPECT_EQ(JointLoss(tiny_.model(), store, kTokens, {{linear, "fp8"}}).status().code(),
             StatusCode::kInvalidInput);
-  EXPECT_TRUE(JointLoss(store, kPositions, {{linear, "nvfp4"}}).ok());
+  EXPECT_TRUE(JointLoss(tiny_.model(), store, kTokens, {{linear, "nvfp4"}}).ok());
 }
 
 TEST_F(UnitCostsTest, TheJsonHoldsEveryLinearAndFormat) {
   RunStore store = Store();
   Fill(store);
-  const Json json = ProbeToJson(tiny_.model(), store, kPositions).value();
+  const Json json = ProbeToJson(tiny_.model(), store, kTokens).value();
   EXPECT_EQ(json["tokens"], kPositions);
   ASSERT_EQ(json["linears"].size(), tiny_.model().linears().size());
   const Json& value = json["linears"][std::string(kAttention) + "v_proj"];

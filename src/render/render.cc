@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <utility>
 
@@ -11,7 +12,10 @@
 #include "base/sha256.h"
 #include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
+#include "model/sequences.h"
+#include "probe/blob_tensors.h"
 #include "probe/probe.h"
+#include "render/stage_inputs.h"
 
 namespace prismaquant {
 namespace {
@@ -21,70 +25,58 @@ constexpr int64_t kHeldOutEvery = 8;
 // A token's weight relative to the mean is cut here, so that a few tokens do not make up the
 // Hessian.
 constexpr double kLargestTokenWeight = 10;
-// The layer with which the probe ends.
-constexpr int kProbedLast = 0;
+// An expert that saw fewer tokens is rounded to nearest with chosen scales: so few inputs say
+// little of those to come.
+constexpr int64_t kFewestTokens = 32;
 
 std::string LayerBlob(const std::string& key, int layer) {
   return fmt::format("render/{}/layer-{}", key, layer);
 }
-std::string StateBlob(const std::string& key, int layer) {
-  return fmt::format("render/{}/hidden-{}", key, layer);
+// The hidden states before `layer` of a part, or, if it is the part's end, after its last one.
+std::string StateBlob(const std::string& key, const PartLayers& part, int layer) {
+  return fmt::format("render/{}/hidden-{}-{}", key, static_cast<int>(part.part),
+                     layer - part.first);
 }
 std::string StageName(const std::string& key) { return "render/" + key; }
+const char* PartTitle(Part part) {
+  switch (part) {
+    case Part::kText:
+      return "body";
+    case Part::kHead:
+      return "lm_head";
+    case Part::kMtp:
+      return "MTP";
+    case Part::kVision:
+      return "vision";
+  }
+  return "";
+}
 std::string ReportNote(const std::string& key, int64_t layer) {
   return fmt::format("render/{}/{}", key, layer);
 }
 
-// The inputs of one stage for all sequences, and their quantized forms per format.
-class StageInputs {
- public:
-  explicit StageInputs(std::vector<at::Tensor> inputs) : inputs_(std::move(inputs)) {
-    for (const at::Tensor& x : inputs_) amax_ = std::max(amax_, x.abs().max().item<double>());
-  }
-  double amax() const { return amax_; }
-  const std::vector<at::Tensor>& Plain() const { return inputs_; }
-  const std::vector<at::Tensor>& For(const Format& format, const SharedScales& scales) {
-    if (!format.quantizes_activations()) return inputs_;
-    std::vector<at::Tensor>& quantized = quantized_[&format];
-    if (quantized.empty()) {
-      for (const at::Tensor& x : inputs_) quantized.push_back(format.QuantizeActivation(x, scales));
-    }
-    return quantized;
-  }
-
- private:
-  std::vector<at::Tensor> inputs_;
-  double amax_ = 0;
-  std::map<const Format*, std::vector<at::Tensor>> quantized_;
-};
-
 class Renderer {
  public:
-  Renderer(const Model& model, const TokenWindows& windows, const FormatChoice& formats,
+  Renderer(const Model& model, const Sequences& sequences, const FormatChoice& formats,
            const RenderOptions& options, const std::string& key, RunStore& store)
       : model_(model),
-        windows_(windows),
+        sequences_(sequences),
         formats_(formats),
         options_(options),
         key_(key),
-        store_(store),
-        context_(model.Context(windows.length(), options.compute)) {}
+        store_(store) {}
 
   Status Run() {
     const at::NoGradGuard no_grad;
-    PQ_ASSIGN_OR_RETURN(const bool probed, store_.IsDone("backward", kProbedLast));
+    PQ_ASSIGN_OR_RETURN(const bool probed, IsProbed(store_));
     guided_ = options_.guided && probed;
-    const auto layers = static_cast<int>(model_.config().num_layers);
-    Progress progress(options_.mode == RenderMode::kGptq ? "render, GPTQ" : "render, RTN", layers,
-                      "layers");
-    for (int layer = 0; layer < layers; ++layer) {
-      PQ_ASSIGN_OR_RETURN(const bool done, store_.IsDone(StageName(key_), layer));
-      if (done) {
-        progress.Skip(1);
-        continue;
-      }
-      PQ_RETURN_IF_ERROR(RenderLayer(layer));
-      progress.Advance();
+    if (sequences_.Range(Part::kVision).count() > 0) PQ_RETURN_IF_ERROR(RunPart(Part::kVision));
+    PQ_RETURN_IF_ERROR(RunPart(Part::kText));
+    for (const Part part : {Part::kHead, Part::kMtp}) {
+      if (IsQuantized(part)) PQ_RETURN_IF_ERROR(RunPart(part));
+    }
+    for (const PartLayers& part : model_.parts()) {
+      PQ_RETURN_IF_ERROR(store_.RemoveBlob(StateBlob(key_, part, part.end)));
     }
     return {};
   }
@@ -95,30 +87,72 @@ class Renderer {
     Json report = Json::object();
   };
 
-  // The layer's input, one [1, tokens, hidden] per sequence.
-  Result<std::vector<LayerState>> LayerInputs(int layer) {
-    std::vector<LayerState> states(windows_.count());
-    if (layer == 0) {
-      for (int64_t n = 0; n < windows_.count(); ++n) {
-        const auto& window = windows_.windows[n];
-        const at::Tensor ids =
-            at::tensor(std::vector<int64_t>(window.begin(), window.end())).unsqueeze(0);
-        PQ_ASSIGN_OR_RETURN(states[n].hidden, model_.Embed(ids, options_.compute));
+  bool IsQuantized(Part part) const {
+    return std::any_of(model_.linears().begin(), model_.linears().end(), [&](const auto& linear) {
+      return linear.part == part && formats_.at(linear.name) != &SourceFormat();
+    });
+  }
+
+  Status RunPart(Part part) {
+    const PartLayers& layers = *model_.FindPart(part);
+    Progress progress(fmt::format("render, {}, {}", PartTitle(part),
+                                  options_.mode == RenderMode::kGptq ? "GPTQ" : "RTN"),
+                      layers.end - layers.first, "layers");
+    for (int layer = layers.first; layer < layers.end; ++layer) {
+      PQ_ASSIGN_OR_RETURN(const bool done, store_.IsDone(StageName(key_), layer));
+      if (done) {
+        progress.Skip(1);
+        continue;
       }
-      return states;
+      PQ_RETURN_IF_ERROR(RenderLayer(layers, layer));
+      progress.Advance();
     }
-    PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store_.Blob(StateBlob(key_, layer)));
-    const at::Tensor hidden = TensorFromView(file.tensors().front());
-    for (int64_t n = 0; n < windows_.count(); ++n)
-      states[n].hidden = hidden.narrow(0, n, 1).clone();
+    return {};
+  }
+
+  Result<StoredSequences> OutputsOf(Part part) const {
+    const PartLayers& layers = *model_.FindPart(part);
+    return StoredSequences::Open(store_, StateBlob(key_, layers, layers.end));
+  }
+
+  // The inputs of a layer, one per sequence of the part.
+  Result<std::vector<LayerState>> LayerInputs(const PartLayers& part, int layer) {
+    const SequenceRange range = sequences_.Range(part.part);
+    const bool first = layer == part.first;
+    std::optional<StoredSequences> before;
+    std::unique_ptr<OutputHead> head;
+    if (!first) {
+      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, StateBlob(key_, part, layer)));
+    } else if (part.part == Part::kHead || part.part == Part::kMtp) {
+      PQ_ASSIGN_OR_RETURN(before, OutputsOf(Part::kText));
+      PQ_ASSIGN_OR_RETURN(head, model_.LoadHead(Part::kText, options_.compute));
+    } else if (part.part == Part::kText && sequences_.Range(Part::kVision).count() > 0) {
+      PQ_ASSIGN_OR_RETURN(before, OutputsOf(Part::kVision));
+    }
+    std::vector<LayerState> states(static_cast<size_t>(range.count()));
+    for (int64_t n = range.first; n < range.end; ++n) {
+      at::Tensor& hidden = states[static_cast<size_t>(n - range.first)].hidden;
+      const bool has_before = before && n >= before->first();
+      if (!first || part.part == Part::kHead) {
+        hidden = before->of(n).clone();
+      } else if (part.part == Part::kVision) {
+        PQ_ASSIGN_OR_RETURN(hidden, sequences_.PatchEmbeddings(n));
+      } else if (part.part == Part::kMtp) {
+        PQ_ASSIGN_OR_RETURN(hidden, sequences_.MtpInput(n, *head, before->of(n)));
+      } else {
+        PQ_ASSIGN_OR_RETURN(hidden,
+                            sequences_.Embeddings(n, has_before ? before->of(n) : at::Tensor()));
+      }
+    }
     return states;
   }
 
   Status LoadTokenWeights(int layer) {
     token_weights_.clear();
     if (!guided_) return {};
-    PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store_.Blob(TokenWeightBlob(layer)));
-    for (const TensorView& view : file.tensors()) {
+    const Result<SafetensorsFile> file = store_.Blob(TokenWeightBlob(layer));
+    if (!file.ok()) return layer == HeadLayer() ? Status() : file.status();
+    for (const TensorView& view : file->tensors()) {
       const at::Tensor weights = TensorFromView(view);
       token_weights_[view.name] =
           (weights / weights.mean().clamp_min(1e-30)).clamp_max(kLargestTokenWeight).clone();
@@ -126,32 +160,45 @@ class Renderer {
     return {};
   }
 
-  Status RenderLayer(int layer) {
-    PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
-    model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
-    PQ_ASSIGN_OR_RETURN(std::vector<LayerState> states, LayerInputs(layer));
-    PQ_RETURN_IF_ERROR(LoadTokenWeights(layer));
-    Rendered rendered;
-    for (int s = 0; s < block->num_stages(); ++s) {
-      std::vector<at::Tensor> x;
-      x.reserve(states.size());
-      for (LayerState& state : states) x.push_back(block->StageInput(s, context_, state));
-      StageInputs inputs(std::move(x));
-      std::vector<std::vector<at::Tensor>> outputs(states.size());
-      PQ_RETURN_IF_ERROR(RenderStage(block->stage(s), inputs, rendered, outputs));
-      for (size_t n = 0; n < states.size(); ++n) {
-        block->StageOutput(s, context_, std::move(outputs[n]), states[n]);
-      }
-    }
-    return CommitLayer(layer, rendered, states);
+  // The output projection, of which the probe leaves no token weights; -1 if it is tied.
+  int HeadLayer() const {
+    const PartLayers* head = model_.FindPart(Part::kHead);
+    return head == nullptr ? -1 : head->first;
   }
 
-  // Largest |w| per fused set of the stage.
-  Result<std::map<std::string, double>> UnitMaxima(const std::vector<LinearInfo>& stage) {
+  Status RenderLayer(const PartLayers& part, int layer) {
+    PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
+    model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
+    PQ_ASSIGN_OR_RETURN(std::vector<LayerState> states, LayerInputs(part, layer));
+    PQ_RETURN_IF_ERROR(LoadTokenWeights(layer));
+    const SequenceRange range = sequences_.Range(part.part);
+    const auto context = [&](size_t i) -> const SequenceContext& {
+      return sequences_.Context(part.part, range.first + static_cast<int64_t>(i));
+    };
+    Rendered rendered;
+    for (int s = 0; s < block->num_stages(); ++s) {
+      std::vector<std::vector<at::Tensor>> x;
+      for (size_t i = 0; i < states.size(); ++i) {
+        x.push_back(block->StageInputs(s, context(i), states[i]));
+      }
+      StageInputs inputs(block->stage(s), x);
+      // Nothing comes after the output projection that would want its product.
+      const bool last = part.part == Part::kHead;
+      std::vector<std::vector<at::Tensor>> outputs(last ? 0 : states.size());
+      PQ_RETURN_IF_ERROR(RenderStage(block->stage(s), inputs, rendered, outputs));
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        block->StageOutputs(s, context(i), std::move(outputs[i]), states[i]);
+      }
+    }
+    return CommitLayer(part, layer, rendered, states);
+  }
+
+  // Largest |w| per scale group of the stage.
+  Result<std::map<std::string, double>> WeightMaxima(const std::vector<LinearInfo>& stage) {
     std::map<std::string, double> maxima;
     for (const LinearInfo& linear : stage) {
       PQ_ASSIGN_OR_RETURN(const at::Tensor weight, model_.LoadWeight(linear));
-      double& amax = maxima[linear.unit];
+      double& amax = maxima[linear.scale_group];
       amax = std::max(amax, weight.abs().max().to(at::kDouble).item<double>());
     }
     return maxima;
@@ -159,19 +206,22 @@ class Renderer {
 
   Status RenderStage(const std::vector<LinearInfo>& stage, StageInputs& inputs, Rendered& rendered,
                      std::vector<std::vector<at::Tensor>>& outputs) {
-    PQ_ASSIGN_OR_RETURN(const auto maxima, UnitMaxima(stage));
-    for (const LinearInfo& linear : stage) {
+    PQ_ASSIGN_OR_RETURN(const auto maxima, WeightMaxima(stage));
+    for (size_t i = 0; i < stage.size(); ++i) {
+      const LinearInfo& linear = stage[i];
       const Format& format = *formats_.at(linear.name);
-      const SharedScales scales{.weight_amax = maxima.at(linear.unit), .input_amax = inputs.amax()};
+      const SharedScales scales{.weight_amax = maxima.at(linear.scale_group),
+                                .input_amax = inputs.GroupMaximum(linear.input_group)};
       PQ_ASSIGN_OR_RETURN(const at::Tensor stored_weight, model_.LoadWeight(linear));
       PQ_ASSIGN_OR_RETURN(at::Tensor bias, model_.LoadBias(linear));
       if (bias.defined()) bias = bias.to(options_.compute.dtype);
       at::Tensor weight = stored_weight.to(at::kFloat);
+      InputSet& own = inputs.of(i);
       if (&format != &SourceFormat()) {
-        PQ_ASSIGN_OR_RETURN(weight, RenderLinear(linear, format, weight, scales, inputs, rendered));
+        PQ_ASSIGN_OR_RETURN(weight, RenderLinear(linear, format, weight, scales, own, rendered));
       }
       weight = weight.to(options_.compute.dtype);
-      const std::vector<at::Tensor>& x = inputs.For(format, scales);
+      const std::vector<at::Tensor>& x = own.For(format, scales);
       for (size_t n = 0; n < outputs.size(); ++n) {
         outputs[n].push_back(at::linear(
             x[n], weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt));
@@ -183,9 +233,10 @@ class Renderer {
   // Leaves the stored tensors in `rendered` and returns the decoded weight, float32 [out, in].
   Result<at::Tensor> RenderLinear(const LinearInfo& linear, const Format& format,
                                   const at::Tensor& weight, const SharedScales& scales,
-                                  StageInputs& inputs, Rendered& rendered) {
+                                  InputSet& inputs, Rendered& rendered) {
     Json& report = rendered.report[linear.name];
     report["format"] = format.name();
+    if (linear.is_expert) report["tokens"] = inputs.tokens();
     if (options_.mode == RenderMode::kRtn) {
       StoredTensors stored = format.Encode(weight, scales, linear.dtype);
       at::Tensor decoded = format.Decode(stored);
@@ -193,12 +244,14 @@ class Renderer {
       report["rendered"] = "rtn";
       return decoded;
     }
+    const bool scales_only = linear.is_expert && inputs.tokens() < kFewestTokens;
     HessianAccumulator train(linear.in), held_out(linear.in);
-    Accumulate(linear, inputs.For(format, scales), train, held_out);
+    if (!scales_only) Accumulate(linear, inputs.For(format, scales), train, held_out);
+    const at::Tensor hessian = scales_only ? at::eye(linear.in) : train.Sum();
     const at::Tensor held_out_sum = held_out.tokens() > 0 ? held_out.Sum() : at::Tensor();
-    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(format, weight, train.Sum(), held_out_sum,
+    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(format, weight, hessian, held_out_sum,
                                                          scales, linear.dtype, options_.gptq));
-    report["rendered"] = result.fell_back ? "rtn" : "gptq";
+    report["rendered"] = result.fell_back ? "rtn" : scales_only ? "rtn+scales" : "gptq";
     if (held_out_sum.defined()) report["error_ratio"] = result.error_ratio;
     rendered.tensors[linear.name] = std::move(result.stored);
     return std::move(result.decoded);
@@ -207,17 +260,20 @@ class Renderer {
   void Accumulate(const LinearInfo& linear, const std::vector<at::Tensor>& x,
                   HessianAccumulator& train, HessianAccumulator& held_out) const {
     const auto weights = token_weights_.find(linear.name);
-    const int64_t tokens = windows_.length();
-    for (int64_t n = 0; n < windows_.count(); ++n) {
+    int64_t first = 0;
+    for (size_t n = 0; n < x.size(); ++n) {
+      const at::Tensor rows = x[n].reshape({-1, linear.in});
       const at::Tensor token_weights = weights == token_weights_.end()
                                            ? at::Tensor()
-                                           : weights->second.narrow(0, n * tokens, tokens);
+                                           : weights->second.narrow(0, first, rows.size(0));
       HessianAccumulator& sum = n % kHeldOutEvery == kHeldOutEvery - 1 ? held_out : train;
-      sum.Add(x[n].reshape({-1, linear.in}), token_weights);
+      sum.Add(rows, token_weights);
+      first += rows.size(0);
     }
   }
 
-  Status CommitLayer(int layer, const Rendered& rendered, const std::vector<LayerState>& states) {
+  Status CommitLayer(const PartLayers& part, int layer, const Rendered& rendered,
+                     const std::vector<LayerState>& states) {
     std::vector<at::Tensor> kept;
     std::vector<BlobTensor> blob;
     for (const auto& [linear, tensors] : rendered.tensors) {
@@ -229,27 +285,24 @@ class Renderer {
       }
     }
     PQ_RETURN_IF_ERROR(store_.PutBlob(LayerBlob(key_, layer), blob));
-    if (layer + 1 < model_.config().num_layers) {
+    if (layer + 1 < part.end || part.part == Part::kText || part.part == Part::kVision) {
       std::vector<at::Tensor> hidden;
       hidden.reserve(states.size());
       for (const LayerState& state : states) hidden.push_back(state.hidden);
-      const at::Tensor all = at::cat(hidden).contiguous();
-      PQ_RETURN_IF_ERROR(store_.PutBlob(
-          StateBlob(key_, layer + 1),
-          {{{"hidden", FromScalarType(all.scalar_type()), all.sizes().vec()}, TensorBytes(all)}}));
+      PQ_RETURN_IF_ERROR(PutSequences(store_, StateBlob(key_, part, layer + 1),
+                                      sequences_.Range(part.part).first, hidden));
     }
     PQ_RETURN_IF_ERROR(store_.PutNote(ReportNote(key_, layer), rendered.report.dump()));
     PQ_RETURN_IF_ERROR(store_.Commit(StageName(key_), layer));
-    return store_.RemoveBlob(StateBlob(key_, layer));
+    return store_.RemoveBlob(StateBlob(key_, part, layer));
   }
 
   const Model& model_;
-  const TokenWindows& windows_;
+  const Sequences& sequences_;
   const FormatChoice& formats_;
   const RenderOptions& options_;
   const std::string& key_;
   RunStore& store_;
-  SequenceContext context_;
   bool guided_ = false;
   std::map<std::string, at::Tensor> token_weights_;  // of the current layer, by Linear
 };
@@ -266,10 +319,13 @@ std::string RenderKey(const FormatChoice& formats, const RenderOptions& options)
   return Sha256Hex(json.dump()).substr(0, 16);
 }
 
-Status RenderModel(const Model& model, const TokenWindows& windows, const FormatChoice& formats,
+Status RenderModel(const Model& model, const Calibration& calibration, const FormatChoice& formats,
                    const RenderOptions& options, const std::string& key, RunStore& store) {
-  return GuardTorch("render",
-                    [&] { return Renderer(model, windows, formats, options, key, store).Run(); });
+  return GuardTorch("render", [&]() -> Status {
+    PQ_ASSIGN_OR_RETURN(const Sequences sequences,
+                        Sequences::Make(model, calibration, options.compute));
+    return Renderer(model, sequences, formats, options, key, store).Run();
+  });
 }
 
 Result<std::map<std::string, StoredTensors>> RenderedLayer(const RunStore& store,

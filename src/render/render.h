@@ -1,10 +1,11 @@
 #ifndef PRISMAQUANT_RENDER_RENDER_H_
 #define PRISMAQUANT_RENDER_RENDER_H_
 
-// Rendering: turn the weights of every quantized Linear into final codes and scales, stage by stage
-// through the already quantized prefix, so that each Linear is rounded for the inputs that it will
-// really see (docs/rendering.md). Every finished layer is committed to the run store; memory holds
-// one layer and the calibration's activations of one stage.
+// Rendering: turn the weights of every quantized Linear into final codes and scales, part by part
+// (vision tower, body, output projection, MTP head) and stage by stage through the already
+// quantized prefix, so that each Linear is rounded for the inputs that it will really see
+// (docs/rendering.md). Every finished layer is committed to the run store; memory holds one layer
+// and the calibration's activations of one stage.
 
 #include <cstdint>
 #include <map>
@@ -33,23 +34,24 @@ struct RenderOptions {
   ComputeOptions compute;
 };
 
-// Linear name -> format; every Linear of the body is listed.
+// Linear name -> format; every Linear of the model is listed.
 using FormatChoice = std::map<std::string, const Format*>;
 
 // Names the rendering of these choices under these options within a run store.
 std::string RenderKey(const FormatChoice& formats, const RenderOptions& options);
 
 // Renders what the store does not hold yet under `key`.
-Status RenderModel(const Model& model, const TokenWindows& windows, const FormatChoice& formats,
+Status RenderModel(const Model& model, const Calibration& calibration, const FormatChoice& formats,
                    const RenderOptions& options, const std::string& key, RunStore& store);
 
 // The rendered tensors of one layer, copied from the store: Linear name -> stored tensors.
 Result<std::map<std::string, StoredTensors>> RenderedLayer(const RunStore& store,
                                                            const std::string& key, int layer);
 
-// What rendering did to each Linear: {"<name>": {"format", "rendered" ("gptq" or "rtn"),
-// "error_ratio"}}. error_ratio: held-out output error relative to round-to-nearest; absent without
-// a held-out sequence.
+// What rendering did to each Linear: {"<name>": {"format", "rendered" ("gptq", "rtn", or
+// "rtn+scales" for an expert that saw too few tokens), "error_ratio", "tokens"}}. error_ratio:
+// held-out output error relative to round-to-nearest; absent without a held-out sequence. tokens:
+// of experts.
 Result<Json> RenderReport(RunStore& store, const std::string& key, int64_t layers);
 
 // Frees the store of a rendering that has been exported: its tensors and its marks. What

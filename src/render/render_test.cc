@@ -17,6 +17,7 @@
 #include "io/faulty_file_system.h"
 #include "io/temporary_folder.h"
 #include "model/plain_linears.h"
+#include "probe/passes.h"
 #include "probe/probe.h"
 
 namespace prismaquant {
@@ -153,7 +154,7 @@ class RenderTest : public ::testing::Test {
     return Must(RunStore::Open(fs, folder_ / name));
   }
   Status Render(RunStore& store, const FormatChoice& formats, const RenderOptions& options = {}) {
-    return RenderModel(*model_, windows_, formats, options, "k", store);
+    return RenderModel(*model_, {windows_, {}}, formats, options, "k", store);
   }
   static Rendered All(const RunStore& store) {
     Rendered all;
@@ -197,7 +198,7 @@ class RenderTest : public ::testing::Test {
       const at::Tensor ids = at::tensor(std::vector<int64_t>(window.begin(), window.end()));
       LayerState state;
       state.hidden = RunLayer(*first, context, Must(model_->Embed(ids.unsqueeze(0), {})), runner);
-      inputs.push_back(second->StageInput(0, context, state));
+      inputs.push_back(second->StageInputs(0, context, state)[0]);
     }
     return inputs;
   }
@@ -228,8 +229,8 @@ class RenderTest : public ::testing::Test {
       for (const LinearInfo& linear : model_->LayerLinears(layer))
         blob.push_back({{linear.name, DType::kF32, weights.sizes().vec()}, TensorBytes(weights)});
       ASSERT_TRUE(store.PutBlob(TokenWeightBlob(layer), blob).ok());
-      ASSERT_TRUE(store.Commit("backward", layer).ok());
     }
+    ASSERT_TRUE(store.PutNote(kProbedNote, "1").ok());
   }
 
   TemporaryFolder folder_;
@@ -347,9 +348,11 @@ TEST_F(RenderTest, AnUnfinishedProbeWeightsNothing) {
   const Rendered plain = RenderAll("plain", formats);
   RunStore store = Store("store");
   torch::manual_seed(2);
-  PutTokenWeights(store, torch::rand({windows_.count() * kTokens}));
-  ASSERT_TRUE(store.Forget("backward").ok());
-  for (int layer = 1; layer < kLayers; ++layer) ASSERT_TRUE(store.Commit("backward", layer).ok());
+  {
+    RunStore finished = Store("finished");
+    PutTokenWeights(finished, torch::rand({windows_.count() * kTokens}));
+  }
+  std::filesystem::copy(folder_ / "finished" / "token_weight", folder_ / "store" / "token_weight");
   ASSERT_TRUE(Render(store, formats).ok());
   EXPECT_TRUE(SameStored(All(store), plain));
 }
@@ -423,7 +426,7 @@ TEST_F(RenderTest, ReportSaysWhatWasDone) {
 TEST_F(RenderTest, DropRenderingFreesTheStore) {
   RunStore store = Store("store");
   ASSERT_TRUE(Render(store, Mixed()).ok());
-  ASSERT_TRUE(RenderModel(*model_, windows_, Uniform("fp8"), {}, "other", store).ok());
+  ASSERT_TRUE(RenderModel(*model_, {windows_, {}}, Uniform("fp8"), {}, "other", store).ok());
   const Rendered first = All(store);
   ASSERT_TRUE(DropRendering(store, "k").ok());
   for (const std::string& name : folder_.List()) {

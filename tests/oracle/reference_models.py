@@ -43,6 +43,13 @@ DELTA_NET = {
         "mrope_interleaved": True,
     },
 }
+MIXTURE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "norm_topk_prob": True,
+}
 WINDOW = 16
 GEMMA = {
     "hidden_size": 72,
@@ -86,11 +93,15 @@ def _config(case: dict) -> transformers.PretrainedConfig:
         return transformers.Qwen2Config(**keys, tie_word_embeddings=tie)
     if family == "qwen3":
         return transformers.Qwen3Config(**keys, tie_word_embeddings=tie)
+    if family == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(**{**BASE, **MIXTURE, **case.get("config", {})}, tie_word_embeddings=tie)
     if family.startswith("gemma3"):
         return _gemma_config({**BASE, **GEMMA, **case.get("config", {})}, tie, "text" in family)
-    keys = {**BASE, **DELTA_NET, **case.get("config", {})}
-    text = transformers.Qwen3_5TextConfig(**keys, tie_word_embeddings=tie)
-    if family == "qwen3_5_text":
+    moe = "moe" in family
+    keys = {**BASE, **DELTA_NET, **(MIXTURE if moe else {}), **case.get("config", {})}
+    text_class = transformers.Qwen3_5MoeTextConfig if moe else transformers.Qwen3_5TextConfig
+    text = text_class(**keys, tie_word_embeddings=tie)
+    if family.endswith("_text"):
         return text
     vision = {
         "depth": 1,
@@ -100,7 +111,8 @@ def _config(case: dict) -> transformers.PretrainedConfig:
         "out_hidden_size": keys["hidden_size"],
         "num_position_embeddings": 16,
     }
-    return transformers.Qwen3_5Config(
+    whole_class = transformers.Qwen3_5MoeConfig if moe else transformers.Qwen3_5Config
+    return whole_class(
         text_config=text.to_dict(), vision_config=vision, tie_word_embeddings=tie
     )
 
@@ -135,6 +147,9 @@ CLASSES = {
     "qwen3": transformers.Qwen3ForCausalLM,
     "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
     "qwen3_5_text": transformers.Qwen3_5ForCausalLM,
+    "qwen3_5_moe": transformers.Qwen3_5MoeForConditionalGeneration,
+    "qwen3_5_moe_text": transformers.Qwen3_5MoeForCausalLM,
+    "qwen3_moe": transformers.Qwen3MoeForCausalLM,
 }
 
 
@@ -145,7 +160,7 @@ def make_checkpoint(case: dict, folder: pathlib.Path, dtype: torch.dtype) -> pat
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
-                fan_in = parameter[0].numel()
+                fan_in = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
                 parameter.normal_(std=1.5 / fan_in**0.5)
             elif not name.endswith("A_log"):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -166,7 +181,10 @@ def make_checkpoint(case: dict, folder: pathlib.Path, dtype: torch.dtype) -> pat
 def load_model(folder: pathlib.Path, dtype: torch.dtype) -> torch.nn.Module:
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     model_class = getattr(transformers, architecture)
-    return model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    model = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    if any(hasattr(module, "experts") for module in model.modules()):
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    return model
 
 
 def random_ids(case: dict, sequences: int, tokens: int) -> torch.Tensor:
@@ -193,7 +211,7 @@ class _DoubleTorch:
     """The torch module with float32 meaning float64."""
 
     def __getattr__(self, name):
-        return torch.float64 if name == "float32" else getattr(torch, name)
+        return torch.float64 if name in ("float32", "float") else getattr(torch, name)
 
 
 def recurrent_gated_delta(query, key, value, g, beta, **_):
@@ -231,14 +249,72 @@ def float64_everywhere(model, monkeypatch):
             if not type(rotary).__name__.endswith("RotaryEmbedding"):
                 continue
 
-            def forward(*args, inner=rotary.forward, **kwargs):
+            module = __import__(type(rotary).__module__, fromlist=["torch"])
+
+            def forward(*args, inner=rotary.forward, module=module, **kwargs):
                 with monkeypatch.context() as restore:
                     restore.setattr(torch.Tensor, "float", single)
+                    restore.setattr(module, "torch", torch)
                     return inner(*args, **kwargs)
 
             patch.setattr(rotary, "forward", forward)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
+
+
+class PlainMixture(torch.nn.Module):
+    """A mixture of experts as a loop over experts, each projection a Linear of its own."""
+
+    def __init__(self, block, per_token: int, normalize: bool):
+        super().__init__()
+        self.per_token, self.normalize = per_token, normalize
+        self.gate = self.linear(block.gate.weight)
+        packed = block.experts
+        size = packed.down_proj.shape[-1]
+        self.experts = torch.nn.ModuleList()
+        for e in range(packed.down_proj.shape[0]):
+            expert = torch.nn.Module()
+            expert.gate_proj = self.linear(packed.gate_up_proj[e, :size])
+            expert.up_proj = self.linear(packed.gate_up_proj[e, size:])
+            expert.down_proj = self.linear(packed.down_proj[e])
+            self.experts.append(expert)
+        self.shared = hasattr(block, "shared_expert")
+        if self.shared:
+            self.shared_expert, self.shared_expert_gate = block.shared_expert, block.shared_expert_gate
+
+    @staticmethod
+    def linear(weight):
+        out, inputs = weight.shape
+        linear = torch.nn.Linear(inputs, out, bias=False, dtype=weight.dtype)
+        linear.weight = torch.nn.Parameter(weight.detach().clone())
+        return linear
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)
+        p = torch.softmax(self.gate(x).flatten(0, -2).double(), -1)
+        weights, chosen = torch.topk(p, self.per_token)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            rows, places = torch.where(chosen == e)
+            if len(rows) == 0:
+                continue
+            inner = torch.nn.functional.silu(expert.gate_proj(tokens[rows])) * expert.up_proj(tokens[rows])
+            y = y.index_add(0, rows, expert.down_proj(inner) * weights[rows, places, None].to(x.dtype))
+        y = y.view(x.shape)
+        if self.shared:
+            y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return y
+
+
+def unpack_experts(model) -> None:
+    """Puts a PlainMixture in the place of every mixture of transformers'."""
+    config = model.config.get_text_config()
+    for module in list(model.modules()):
+        block = getattr(module, "mlp", None)
+        if block is not None and hasattr(block, "experts"):
+            module.mlp = PlainMixture(block, config.num_experts_per_tok, getattr(config, "norm_topk_prob", True))
 
 
 def gradients(model, ids: torch.Tensor, direction: torch.Tensor) -> dict:

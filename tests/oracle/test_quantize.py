@@ -22,7 +22,8 @@ ROOT = pathlib.Path(os.environ["PRISMAQUANT_SOURCE_DIR"])
 PROGRAM = os.environ["PRISMAQUANT_BINARY"]
 SOURCE = ROOT / "examples" / "tiny-qwen3_5"
 TEXT = SOURCE / "heldout.txt"
-COMMON = ["--calibration", str(SOURCE / "calibration.txt"), "--samples", "16", "--tokens", "256", "--precision", "float32"]
+COMMON = ["--calibration", str(SOURCE / "calibration.txt"), "--samples", "16", "--tokens", "256",
+          "--images", str(SOURCE / "samples"), "--precision", "float32"]
 
 
 def run(*args, expect=0):
@@ -103,11 +104,13 @@ def test_checkpoint_means_what_transformers_reads(case, work, tmp_path):
 
     source, none = load(SOURCE)
     model, quantized = load(out)
-    assert none == 0 and quantized == len(quantized_names)
+    # transformers does not read the MTP head.
+    read = {name for name in quantized_names if not name.startswith("mtp.")}
+    assert none == 0 and quantized == len(read) < len(quantized_names)
     kl, top1, ppl = measure(source, model, 2048)
     assert result["evaluation"]["kl"] == pytest.approx(kl, rel=0.02, abs=3e-4)
     assert result["evaluation"]["top1"] == pytest.approx(top1, abs=0.005)
-    assert result["evaluation"]["ppl"] == pytest.approx(ppl, rel=1e-3)
+    assert result["evaluation"]["ppl"] == pytest.approx(ppl, rel=3e-3)
     assert kl > 1e-4
     if case == "rtn":
         assert 0.5 < result["predicted_kl"] / kl < 2

@@ -37,6 +37,7 @@ class RecordingLinears : public LinearRunner {
       : linears_(std::move(linears)), records_(records) {}
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override {
     const at::Tensor y = linears_->Apply(linear, x);
+    if (y.numel() == 0) return y;  // an expert without tokens
     if (y.requires_grad()) y.retain_grad();
     records_.push_back({linear.name, x.detach(), y, linears_->weight(linear.name)});
     return y;
@@ -113,7 +114,7 @@ Status Dump(const std::vector<std::string>& arguments) {
     RecordingLinears recording(std::move(linears), records);
     hidden = RunLayer(*block, context, hidden, recording);
   }
-  PQ_ASSIGN_OR_RETURN(const auto head, model->LoadHead(options));
+  PQ_ASSIGN_OR_RETURN(const auto head, model->LoadHead(Part::kText, options));
   out["logits"] = head->Logits(hidden);
   PQ_RETURN_IF_ERROR(AddGradients(arguments[4], out["logits"], embedded, records, out));
   for (const RecordingLinears::Record& record : records) out[record.name + ".x"] = record.x;

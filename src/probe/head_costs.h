@@ -1,0 +1,39 @@
+#ifndef PRISMAQUANT_PROBE_HEAD_COSTS_H_
+#define PRISMAQUANT_PROBE_HEAD_COSTS_H_
+
+// Statistics and costs of the output projection, which is too wide for a gradient matrix per
+// sequence: the gradient at its output is softmax(logits) - onehot(label), so
+// s_nf = sum_t <g_t, W_f Q_f(x_t) - W x_t> is taken from the logits themselves, slice by slice of
+// the vocabulary. Text windows only.
+
+#include <span>
+#include <vector>
+
+#include "base/status.h"
+#include "data/calibration.h"
+#include "formats/format.h"
+#include "model/model.h"
+#include "probe/blob_tensors.h"
+#include "probe/loss.h"
+#include "probe/probe.h"
+#include "store/run_store.h"
+
+namespace prismaquant {
+
+struct HeadStatistics {
+  LinearStats stats;
+  std::vector<LinearCost> costs;
+};
+
+// `hidden`: the body's outputs; `losses` of the same sequences, by `head`. The model must have a
+// kHead part. Holds the normed hidden states in float32 and one slice of the projection with its
+// logits.
+Result<HeadStatistics> PriceHead(const Model& model, const OutputHead& head,
+                                 const Calibration& calibration, const StoredSequences& hidden,
+                                 const std::vector<SequenceLoss>& losses,
+                                 const ProbeOptions& options,
+                                 std::span<const Format* const> formats);
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_PROBE_HEAD_COSTS_H_

@@ -1,0 +1,69 @@
+#include "probe/layer_runners.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+namespace prismaquant {
+namespace {
+
+at::Tensor Multiply(const LayerWeights& weights, const std::string& linear, const at::Tensor& x) {
+  const at::Tensor& bias = weights.bias.at(linear);
+  return at::linear(x, weights.weight.at(linear),
+                    bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+}
+
+}  // namespace
+
+Result<LayerWeights> LayerWeights::Load(const Model& model, int layer,
+                                        const ComputeOptions& compute) {
+  LayerWeights weights;
+  for (const LinearInfo& linear : model.LayerLinears(layer)) {
+    PQ_ASSIGN_OR_RETURN(const at::Tensor weight, model.LoadWeight(linear));
+    PQ_ASSIGN_OR_RETURN(const at::Tensor bias, model.LoadBias(linear));
+    weights.stored[linear.name] = weight;
+    weights.weight[linear.name] = weight.to(compute.dtype);
+    weights.bias[linear.name] = bias.defined() ? bias.to(compute.dtype) : bias;
+  }
+  return weights;
+}
+
+at::Tensor MaximaRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
+  if (x.numel() > 0) {
+    double& amax = maxima_[linear.name];
+    amax = std::max(amax, x.abs().max().item<double>());
+  }
+  return Multiply(weights_, linear.name, x);
+}
+
+double MaximaRunner::maximum(const std::string& linear) const {
+  const auto found = maxima_.find(linear);
+  return found == maxima_.end() ? 0 : found->second;
+}
+
+ProbedRunner::ProbedRunner(const LayerWeights& weights, std::vector<LinearInfo> linears,
+                           const std::map<std::string, SharedScales>& scales,
+                           std::span<const Format* const> formats, int64_t sequences)
+    : weights_(weights), linears_(std::move(linears)) {
+  statistics_.reserve(linears_.size());
+  for (const LinearInfo& linear : linears_) {
+    index_[linear.name] = static_cast<int>(statistics_.size());
+    statistics_.emplace_back(linear, weights.stored.at(linear.name), scales.at(linear.name),
+                             formats, sequences);
+  }
+}
+
+at::Tensor ProbedRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
+  if (x.numel() == 0) return Multiply(weights_, linear.name, x);
+  return ApplyProbed(x, weights_.weight.at(linear.name), weights_.bias.at(linear.name),
+                     index_.at(linear.name), *this);
+}
+
+void ProbedRunner::Observe(int id, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx) {
+  const at::NoGradGuard no_grad;
+  statistics_[static_cast<size_t>(id)].AddSequence(sequence_, x, g, dx, activations_);
+}
+
+}  // namespace prismaquant

@@ -1,0 +1,70 @@
+#ifndef PRISMAQUANT_PROBE_LAYER_RUNNERS_H_
+#define PRISMAQUANT_PROBE_LAYER_RUNNERS_H_
+
+// How the probe multiplies the Linears of one layer: in the forward pass remembering the largest
+// input of each, in the backward pass feeding the statistics of each. One thread.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "formats/format.h"
+#include "model/model.h"
+#include "probe/linear_probe.h"
+#include "probe/statistics.h"
+
+namespace prismaquant {
+
+// Weights and biases of one layer, by Linear name; biases undefined where there are none.
+struct LayerWeights {
+  std::map<std::string, at::Tensor> stored;        // as the source stores them, mapped
+  std::map<std::string, at::Tensor> weight, bias;  // in the compute dtype
+
+  static Result<LayerWeights> Load(const Model& model, int layer, const ComputeOptions& compute);
+};
+
+class MaximaRunner : public LinearRunner {
+ public:
+  explicit MaximaRunner(const LayerWeights& weights) : weights_(weights) {}
+  at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override;
+  // Largest |x|; 0 for a Linear that no token reached.
+  double maximum(const std::string& linear) const;
+
+ private:
+  const LayerWeights& weights_;
+  std::map<std::string, double> maxima_;
+};
+
+class ProbedRunner : public LinearRunner, public LinearObserver {
+ public:
+  // `scales` by Linear name.
+  ProbedRunner(const LayerWeights& weights, std::vector<LinearInfo> linears,
+               const std::map<std::string, SharedScales>& scales,
+               std::span<const Format* const> formats, int64_t sequences);
+
+  // What is observed from now on belongs to this sequence.
+  void BeginSequence(int64_t sequence) { sequence_ = sequence; }
+  at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override;
+  void Observe(int id, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx) override;
+
+  const std::vector<LinearInfo>& linears() const { return linears_; }
+  // In the order of `linears`.
+  const std::vector<LinearStatistics>& statistics() const { return statistics_; }
+
+ private:
+  const LayerWeights& weights_;
+  std::vector<LinearInfo> linears_;
+  std::map<std::string, int> index_;
+  std::vector<LinearStatistics> statistics_;
+  ActivationErrors activations_;
+  int64_t sequence_ = 0;
+};
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_PROBE_LAYER_RUNNERS_H_
