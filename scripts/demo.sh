@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Quantizes the bundled model to 5.5 bits per parameter and measures the result on text it was not calibrated with.
+# Quantizes the bundled model, vision tower and MTP head included, to 5.5 bits per weight and measures the result on text and
+# images it was not calibrated with.
 . "$(dirname "$0")/common.sh"
 
 scripts/build.sh
@@ -8,4 +9,4 @@ out=out/tiny-qwen3_5-5.5bpp
 mkdir -p out
 set -x
 exec build/prismaquant quantize "$model" "$out" --bpp 5.5 --calibration "$model/calibration.txt" \
-  --eval-text "$model/heldout.txt" --overwrite
+  --images "$model/samples" --eval-text "$model/heldout.txt" --overwrite

@@ -37,7 +37,7 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
                         flags.calibration.image_samples);
   }
   if (!flags.uniform.empty()) text += " --uniform " + flags.uniform;
-  if (flags.plan.bpp > 0) text += fmt::format(" --bpp {}", flags.plan.bpp);
+  if (flags.plan.bpp) text += fmt::format(" --bpp {}", *flags.plan.bpp);
   if (!flags.plan.size.empty()) text += " --size " + flags.plan.size;
   if (flags.plan.knee) text += " --knee";
   if (!flags.plan.sweep.empty())

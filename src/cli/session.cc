@@ -38,6 +38,14 @@ bool HasNativeBf16() {
 #endif
 }
 
+// CLI11's own check lets NaN through.
+std::string PositiveNumber(const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  const bool valid = end != text.c_str() && *end == 0 && std::isfinite(value) && value > 0;
+  return valid ? "" : fmt::format("{} is no positive number", text);
+}
+
 std::string PrecisionName(at::ScalarType type) {
   return type == at::kBFloat16 ? "bf16" : "float32";
 }
@@ -87,7 +95,7 @@ void PlanFlags::Register(CLI::App& command) {
       command
           .add_option("--bpp", bpp,
                       "Budget: bits per weight over all Linears with a choice (default 5.5)")
-          ->check(CLI::PositiveNumber);
+          ->check(PositiveNumber);
   command.add_option("--size", size, "Budget: bytes of the whole checkpoint, as 23GB or 20GiB")
       ->excludes(by_bpp);
   command.add_option("--sweep", sweep, "Budgets in bpp to list beside the chosen one")
@@ -332,7 +340,7 @@ Result<ChosenPlan> ChoosePlan(const Model& model, const Planner& planner, const 
   ChosenPlan chosen;
   PQ_ASSIGN_OR_RETURN(chosen.sweep,
                       planner.Sweep(flags.sweep.empty() ? DefaultSweep() : flags.sweep));
-  Budget budget{.kind = Budget::Kind::kBpp, .bpp = flags.bpp > 0 ? flags.bpp : kDefaultBpp};
+  Budget budget{.kind = Budget::Kind::kBpp, .bpp = flags.bpp.value_or(kDefaultBpp)};
   if (!flags.size.empty()) {
     PQ_ASSIGN_OR_RETURN(budget.file_bytes, ParseSize("--size", flags.size));
     budget.kind = Budget::Kind::kFileBytes;

@@ -45,7 +45,7 @@ struct CalibrationFlags {
 };
 
 struct PlanFlags {
-  double bpp = 0;
+  std::optional<double> bpp;
   std::string size;
   std::vector<double> sweep;
   bool knee = false;

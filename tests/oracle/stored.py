@@ -22,10 +22,21 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 def decode(stored: dict, linear: str) -> tuple[str, torch.Tensor]:
     """Format and float32 weight of a Linear."""
     packed, scale = stored.get(linear + ".weight_packed"), stored.get(linear + ".weight_scale")
+    if packed is not None and packed.dtype == torch.int32:
+        out, columns = stored[linear + ".weight_shape"].tolist()
+        bits = 32 * packed.shape[1] // columns
+        places = torch.arange(0, 32, bits)
+        codes = (packed[..., None] >> places & (1 << bits) - 1).flatten(-2) - (1 << bits - 1)
+        return f"int{bits}", (codes.unflatten(-1, (-1, 128)) * scale.float()[..., None]).flatten(-2)
+    if packed is not None and scale.dtype == torch.uint8:
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
+        scale = torch.exp2(scale.float() - 127)
+        return "mxfp4", (E2M1[codes].unflatten(-1, (-1, 32)) * scale[..., None]).flatten(-2)
     if packed is not None:
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
         scale = scale.float() / stored[linear + ".weight_global_scale"]
-        return "nvfp4", (E2M1[codes].unflatten(-1, (-1, 16)) * scale[..., None]).flatten(-2)
+        kind = "nvfp4" if linear + ".input_global_scale" in stored else "nvfp4a16"
+        return kind, (E2M1[codes].unflatten(-1, (-1, 16)) * scale[..., None]).flatten(-2)
     weight = stored[linear + ".weight"]
     if scale is None:
         return "bf16", weight.float()
