@@ -55,6 +55,6 @@ function(prismaquant_module name)
     target_link_libraries(pq_${name}_test PRIVATE pq_${name} GTest::gmock GTest::gtest_main)
     add_test(NAME ${name} COMMAND pq_${name}_test)
     set_tests_properties(${name} PROPERTIES
-      ENVIRONMENT "PRISMAQUANT_SOURCE_DIR=${PROJECT_SOURCE_DIR};PRISMAQUANT_BINARY=${CMAKE_BINARY_DIR}/prismaquant")
+      ENVIRONMENT "PRISMAQUANT_SOURCE_DIR=${PROJECT_SOURCE_DIR};PRISMAQUANT_BINARY=${CMAKE_BINARY_DIR}/prismaquant;OMP_WAIT_POLICY=passive")
   endif()
 endfunction()

@@ -1,7 +1,9 @@
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #include "base/version.h"
@@ -11,6 +13,16 @@
 namespace {
 
 constexpr int kBadUsage = 2;
+constexpr char kWaitPolicy[] = "OMP_WAIT_POLICY";
+
+// OpenMP's threads spin while they wait for each other. On a machine with other work that takes the
+// processor from the very threads they wait for, and a run becomes several times slower. The policy
+// is read before main, so the program starts itself once more; where it cannot, it goes on as it
+// is.
+void WaitWithoutSpinning(char** argv) {
+  if (std::getenv(kWaitPolicy) != nullptr || setenv(kWaitPolicy, "passive", 1) != 0) return;
+  execv("/proc/self/exe", argv);
+}
 
 int Run(const std::vector<prismaquant::Command>& commands) {
   for (const prismaquant::Command& command : commands) {
@@ -26,6 +38,7 @@ int Run(const std::vector<prismaquant::Command>& commands) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  WaitWithoutSpinning(argv);
   CLI::App app("Quantizes language models to mixed-precision compressed-tensors checkpoints.",
                "prismaquant");
   app.set_version_flag("--version", prismaquant::kVersion);

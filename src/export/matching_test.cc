@@ -127,6 +127,53 @@ TEST(Matching, ClassTargetTakesFusedLayersInVllmAlone) {
   EXPECT_THAT(status.message(), HasSubstr("gate_up_proj: vLLM gets scheme mxfp8 from"));
 }
 
+// Experts of two layers and of the MTP head, and a quantized output projection.
+std::map<std::string, const Format*> ExpertLinears() {
+  std::map<std::string, const Format*> linears = {{"lm_head", FindFormat("fp8")}};
+  for (const auto& [layer, format] :
+       {std::pair("model.language_model.layers.0.", "nvfp4"),
+        std::pair("model.language_model.layers.1.", "bf16"), std::pair("mtp.layers.0.", "fp8")}) {
+    for (const char* expert : {"0.", "1."}) {
+      for (const char* projection : {"gate_proj", "up_proj", "down_proj"}) {
+        linears[std::string(layer) + "mlp.experts." + expert + projection] = FindFormat(format);
+      }
+    }
+  }
+  return linears;
+}
+
+TEST(Matching, ExpertsAndTheOutputProjectionAreFoundUnderEveryName) {
+  const auto linears = ExpertLinears();
+  const Json config = BuildQuantizationConfig(Hybrid(), linears, {});
+  const Status status = VerifyMatching(config, Hybrid(), linears);
+  EXPECT_TRUE(status.ok()) << status.message();
+}
+
+TEST(Matching, ExpertsOfOneLayerNeedOneFormat) {
+  auto linears = ExpertLinears();
+  linears["model.language_model.layers.0.mlp.experts.1.up_proj"] = FindFormat("fp8");
+  const Json config = BuildQuantizationConfig(Hybrid(), linears, {});
+  const Status status = VerifyMatching(config, Hybrid(), linears);
+  EXPECT_THAT(status.message(), HasSubstr("model.language_model.layers.0.mlp.experts"));
+}
+
+TEST(Matching, ExpertPatternsMustReachEveryReader) {
+  const auto linears = ExpertLinears();
+  const auto failure = [&](const std::string& from, const std::string& to) {
+    std::string text = BuildQuantizationConfig(Hybrid(), linears, {}).dump();
+    const size_t place = text.find(from);
+    EXPECT_NE(place, std::string::npos) << from;
+    text.replace(place, from.size(), to);
+    const Status status = VerifyMatching(Json::parse(text), Hybrid(), linears);
+    EXPECT_FALSE(status.ok());
+    return status.message();
+  };
+  EXPECT_THAT(failure("language_model", "other_model"), HasSubstr("gets scheme none"));
+  EXPECT_THAT(failure("re:^(?:mtp", "re:^(?:mpt"), HasSubstr("mtp.layers.0.mlp.experts"));
+  EXPECT_THAT(failure("re:(?:.*[.])?lm_head$", "lm_head"), HasSubstr("lm_head"));
+  EXPECT_THAT(failure("gate|up|down", "gate|up"), HasSubstr("down_proj"));
+}
+
 TEST(Matching, PatternThatReachesAnotherPart) {
   Json config = Config();
   config["config_groups"]["group_0"]["targets"].push_back("re:.*layers[.]0[.]mlp[.](gate|up)_proj");
