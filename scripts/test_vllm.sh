@@ -4,7 +4,7 @@
 . "$(dirname "$0")/common.sh"
 
 scripts/setup_vllm.sh
-scripts/build.sh
+scripts/build.sh prismaquant sequence_dump
 model=$ROOT/build/models/smollm2
 cmake -DPYTHON="$ROOT/.venv-test/bin/python" -DSCRIPT="$ROOT/examples/smollm2.py" -DOUT="$model" -P tests/make_once.cmake
 export PRISMAQUANT_BINARY=$ROOT/build/prismaquant PRISMAQUANT_SOURCE_DIR=$ROOT PRISMAQUANT_SMOLLM2=$model

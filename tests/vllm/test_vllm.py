@@ -6,6 +6,9 @@ up to bfloat16. A tensor read wrongly, a scheme given to the wrong Linear or an 
 End to end the distance of two log-probabilities has a floor: a rounding difference flips a few codes of quantized
 activations, and the flips spread from layer to layer. `evaluate` in bfloat16 is as far from itself in float32. vLLM
 may be no farther from `evaluate` than that.
+
+The bundled model is also served with vision tower and MTP head quantized: its captions are held against this program's
+own forward pass, and the names of its MTP head against the parameters of vLLM's draft model.
 """
 
 import json
@@ -26,12 +29,16 @@ SOURCE_DIR = pathlib.Path(os.environ["PRISMAQUANT_SOURCE_DIR"])
 TINY = SOURCE_DIR / "examples/tiny-qwen3_5"
 SMOLLM2 = pathlib.Path(os.environ["PRISMAQUANT_SMOLLM2"])
 HELD_OUT = TINY / "heldout.txt"
+SAMPLES = TINY / "samples"
 TOKENS = 512
+REPLY_TOKENS = 48
+NEAR_TIE = 0.05  # of two logits, which bfloat16 swaps
 FUSED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
     "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
 }
+VLLM_PREFIXES = {"language_model.model.": "model.language_model.", "visual.": "model.visual."}
 
 
 def prismaquant(*arguments) -> str:
@@ -46,13 +53,19 @@ def quantize(source: pathlib.Path, out: pathlib.Path, *options) -> pathlib.Path:
     return out
 
 
-def serve(model: pathlib.Path, prompts: list[list[int]], max_tokens: int, folder: pathlib.Path) -> list[dict]:
-    """serve.py in a process of its own, since one process holds one engine; leaves linears.safetensors in `folder`."""
+def run_vllm(program: str, *arguments) -> None:
+    """In a process of its own, since one process holds one engine."""
+    done = subprocess.run([sys.executable, pathlib.Path(__file__).with_name(program), *map(str, arguments)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, f"vLLM, {program} {arguments}: exit {done.returncode}\n{done.stderr[-4000:]}"
+
+
+def serve(model: pathlib.Path, prompts: list[list[int]], max_tokens: int, folder: pathlib.Path,
+          images: list[dict] | tuple = ()) -> dict:
+    """What serve.py responds; leaves linears.safetensors in `folder`."""
     request, response = folder / "request.json", folder / "response.json"
-    request.write_text(json.dumps({"prompts": prompts, "max_tokens": max_tokens}))
-    done = subprocess.run([sys.executable, pathlib.Path(__file__).with_name("serve.py"), model, request, response,
-                           folder / "linears.safetensors"], capture_output=True, text=True)
-    assert done.returncode == 0, f"vLLM on {model}: exit {done.returncode}\n{done.stderr[-4000:]}"
+    request.write_text(json.dumps({"prompts": prompts, "images": list(images), "max_tokens": max_tokens}))
+    run_vllm("serve.py", model, request, response, folder / "linears.safetensors")
     return json.loads(response.read_text())
 
 
@@ -92,7 +105,11 @@ def check_log_probs(source: pathlib.Path, out: pathlib.Path, served: dict, folde
 
 def members(layer: str) -> list[str]:
     """The checkpoint's Linears behind a layer of vLLM."""
-    parent, _, leaf = layer.replace("language_model.model.", "model.language_model.").rpartition(".")
+    for prefix, stored in VLLM_PREFIXES.items():
+        if layer.startswith(prefix):
+            layer = stored + layer.removeprefix(prefix)
+            break
+    parent, _, leaf = layer.rpartition(".")
     return [f"{parent}.{name}" for name in FUSED.get(leaf, [leaf])]
 
 
@@ -113,17 +130,23 @@ def quantize_input(stored: dict, linear: str, name: str, x: torch.Tensor) -> tor
     return x
 
 
-def check_linears(out: pathlib.Path, folder: pathlib.Path) -> None:
+def quantized_linears(stored: dict, prefix: str) -> set[str]:
+    return {name.removesuffix(".weight_scale") for name in stored
+            if name.startswith(prefix) and name.endswith(".weight_scale")}
+
+
+def check_linears(out: pathlib.Path, folder: pathlib.Path, prefix: str = "model.") -> None:
+    """All quantized Linears of the checkpoint under `prefix`."""
     stored, seen = tensors(out), load_file(folder / "linears.safetensors")
     layers = {name.rpartition(".")[0] for name in seen}
-    quantized = {name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")}
-    assert quantized == {linear for layer in layers for linear in members(layer)}
+    assert quantized_linears(stored, prefix) == {linear for layer in layers for linear in members(layer)}
     worst = 0.0
     for layer in layers:
         x, y = seen[layer + ".input"], seen[layer + ".output"].float()
         decoded = [decode(stored, linear) for linear in members(layer)]
         weight = torch.cat([w for _, w in decoded])
         expected = quantize_input(stored, members(layer)[0], decoded[0][0], x) @ weight.T
+        expected += stored.get(members(layer)[0] + ".bias", torch.zeros(())).float()
         error = ((y - expected).norm() / expected.norm()).item()
         worst = max(worst, error)
         assert error <= 0.01, f"{layer} ({decoded[0][0]}): relative error {error:.4f}"
@@ -135,7 +158,7 @@ def test_smollm2_continues_and_agrees_with_evaluate(tmp_path, preset):
     out = quantize(SMOLLM2, tmp_path / "out", "--bpp", "6.0", *preset)
     ids = evaluated(SMOLLM2, out, tmp_path, "bf16")["ids"]
     france = token_ids(SMOLLM2, "The capital of France is", tmp_path)
-    served = serve(out, [ids, france], 2, tmp_path)
+    served = serve(out, [ids, france], 2, tmp_path)["prompts"]
     assert served[1]["text"].startswith(" Paris")
     check_linears(out, tmp_path)
     check_log_probs(SMOLLM2, out, served[0], tmp_path)
@@ -144,6 +167,126 @@ def test_smollm2_continues_and_agrees_with_evaluate(tmp_path, preset):
 def test_tiny_qwen3_5_agrees_with_evaluate(tmp_path):
     out = quantize(TINY, tmp_path / "out", "--bpp", "5.5")
     ids = evaluated(TINY, out, tmp_path, "bf16")["ids"]
-    (served,) = serve(out, [ids], 1, tmp_path)
+    (served,) = serve(out, [ids], 1, tmp_path)["prompts"]
     check_linears(out, tmp_path)
     check_log_probs(TINY, out, served, tmp_path)
+
+
+# ---- The bundled model with body, vision tower and MTP head quantized
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    prismaquant("quantize", TINY, out, "--bpp", "5.5", "--calibration", TINY / "calibration.txt", "--images", SAMPLES,
+                "--no-eval")
+    stored = tensors(out)
+    for part in ("model.language_model.", "model.visual.", "mtp."):
+        kinds = [decode(stored, linear)[0] for linear in quantized_linears(stored, part)]
+        print(f"{part}* " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))))
+        assert kinds
+    return out
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[dict]:
+    rows = [json.loads(line) for line in (SAMPLES / "captions.jsonl").read_text().splitlines()]
+    assert rows
+    return [{**row, "image": str(SAMPLES / row["image"])} for row in rows]
+
+
+def asked(questions: list[dict]) -> list[dict]:
+    return [{key: row[key] for key in ("image", "prompt")} for row in questions]
+
+
+@pytest.fixture(scope="module")
+def served_whole(whole, questions, tmp_path_factory) -> tuple[dict, pathlib.Path]:
+    """What serve.py responds on the held-out window and the sample images, and its folder."""
+    folder = tmp_path_factory.mktemp("served_whole")
+    ids = evaluated(TINY, whole, folder, "bf16")["ids"]
+    return serve(whole, [ids], REPLY_TOKENS, folder, asked(questions)), folder
+
+
+def forward_captions(model: pathlib.Path, rows: list[dict], folder: pathlib.Path, precision: str) -> dict:
+    """Ids and logits of captioned images from this program's own forward pass: see tests/tools/sequence_dump.cc."""
+    texts, images, out = folder / "ids.json", folder / "captions.jsonl", folder / f"captions_{precision}.safetensors"
+    texts.write_text("[]")
+    images.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run([pathlib.Path(BINARY).with_name("sequence_dump"), model, texts, images, precision, out],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(out)
+
+
+def check_captions(model: pathlib.Path, questions: list[dict], replies: list[dict], folder: pathlib.Path,
+                   near_tie: float | None = None) -> None:
+    """vLLM's greedy replies against this program's forward pass on them: ids, log-probabilities and choice of tokens.
+
+    As for text, vLLM may be no farther from the forward pass in bfloat16 than that is from itself in float32. The token
+    that it chooses may be `near_tie` below the best, by default as far as rounding moves the two best apart anywhere.
+    """
+    rows = [{**row, "caption": reply["text"]} for row, reply in zip(questions, replies, strict=True)]
+    rounded, exact = (forward_captions(model, rows, folder, precision) for precision in ("bfloat16", "float32"))
+    floors, distances, gaps, moves = [], [], [], []
+    for n, reply in enumerate(replies):
+        ids = reply["prompt_ids"] + reply["ids"]
+        assert exact[f"caption.{n}.ids"].tolist() == ids
+        best = torch.tensor(reply["best"], dtype=torch.float64)
+        tokens, served = best[..., 0].long(), best[..., 1].float()
+        low, high = (dump[f"caption.{n}.logits"][len(reply["prompt_ids"]) - 1:-1].float().log_softmax(-1)
+                     for dump in (rounded, exact))
+        floors.append((low - high).gather(1, tokens).abs())
+        distances.append((served - low.gather(1, tokens)).abs())
+        gaps.append(high.amax(-1) - high.gather(1, torch.tensor(reply["ids"])[:, None])[:, 0])
+        leaders = high.topk(2).indices
+        moves.append((low - high).gather(1, leaders).diff(dim=1).abs().max().item())
+        print(f"{pathlib.Path(rows[n]['image']).name}: {reply['text']!r}, below the best by "
+              f"{[round(gap, 3) for gap in gaps[-1].tolist() if gap > 0]}")
+    floor, apart, gap = torch.cat(floors), torch.cat(distances), torch.cat(gaps)
+    near_tie = near_tie or max(moves)
+    same = sum(bool((gap == 0).all()) for gap in gaps)
+    right = sum(reply["text"] == row["caption"] for row, reply in zip(questions, replies, strict=True))
+    print(f"{same} of {len(gaps)} captions are the own greedy ones, {int((gap == 0).sum())} of {len(gap)} tokens the "
+          f"own best, farthest {gap.max():.3f} below it (bound {near_tie:.3f}), {right} captions right; "
+          f"vLLM against the forward pass {apart.mean():.5f}, that in bf16 against float32 {floor.mean():.5f} nats")
+    assert gap.max() <= near_tie
+    assert apart.mean() <= 1.25 * floor.mean()
+
+
+def test_tiny_qwen3_5_captions(questions, tmp_path):
+    """The source: the chat, the images and the wiring, without quantized activations that make rounding large."""
+    replies = serve(TINY, [], REPLY_TOKENS, tmp_path, asked(questions))["images"]
+    check_captions(TINY, questions, replies, tmp_path, NEAR_TIE)
+
+
+def test_whole_tiny_qwen3_5_continues_and_agrees_with_evaluate(whole, served_whole):
+    served, folder = served_whole
+    (text,) = served["prompts"]
+    print(f"continues with {text['text']!r}")
+    assert text["text"].strip()
+    check_linears(whole, folder)
+    check_log_probs(TINY, whole, text, folder)
+
+
+def test_whole_tiny_qwen3_5_captions(whole, served_whole, questions, tmp_path):
+    check_captions(whole, questions, served_whole[0]["images"], tmp_path)
+
+
+def fused(parameter: str) -> str:
+    """vLLM's name of a parameter that it fuses."""
+    for layer, linears in FUSED.items():
+        for linear in linears:
+            parameter = parameter.replace(f".{linear}.", f".{layer}.")
+    return parameter
+
+
+def test_whole_tiny_qwen3_5_draft_head_loads(whole, tmp_path):
+    response = tmp_path / "draft.json"
+    run_vllm("draft.py", whole, response, tmp_path / "linears.safetensors")
+    draft = {key: set(names) for key, names in json.loads(response.read_text()).items()}
+    stored = {fused(name.replace("mtp.", "model.", 1)) for name in tensors(whole) if name.startswith("mtp.")}
+    stored |= {"lm_head.weight", "model.embed_tokens.weight"}  # the body's
+    print(f"{len(draft['loaded'])} parameters loaded of {len(draft['parameters'])}")
+    assert draft["loaded"] == draft["parameters"]
+    assert draft["loaded"] == stored
+    check_linears(whole, tmp_path, "mtp.")
