@@ -50,6 +50,7 @@ Status ApplyRule(std::vector<UnitCosts>& units, const std::vector<std::string>& 
   for (UnitCosts& unit : units) {
     if (!Matches(unit, regex)) continue;
     matched = true;
+    if (!unit.chosen.empty()) continue;
     if (pin && FindUnitFormat(unit, rule.format) == nullptr) {
       return Status::InvalidInput(fmt::format("{} {}={}: {} cannot have this format", option,
                                               rule.pattern, rule.format, unit.name));

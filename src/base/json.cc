@@ -2,7 +2,8 @@
 
 #include <fmt/format.h>
 
-#include <set>
+#include <string>
+#include <unordered_set>
 #include <vector>
 
 namespace prismaquant {
@@ -20,24 +21,53 @@ Status WrongType(const std::string& origin, const std::string& key, const Json& 
                                           TypeName(object.at(key)), expected));
 }
 
+// Notes the first key that an object gives twice. The library's callback parser could do that too,
+// but takes time in the square of an object's size.
+class KeyWatcher : public nlohmann::json_sax<Json> {
+ public:
+  const std::string& duplicate() const { return duplicate_; }
+
+  bool key(std::string& name) override {
+    if (!open_.back().insert(name).second && duplicate_.empty()) duplicate_ = name;
+    return true;
+  }
+  bool start_object(std::size_t) override {
+    open_.emplace_back();
+    return true;
+  }
+  bool end_object() override {
+    open_.pop_back();
+    return true;
+  }
+  bool start_array(std::size_t) override { return true; }
+  bool end_array() override { return true; }
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(Json::number_integer_t) override { return true; }
+  bool number_unsigned(Json::number_unsigned_t) override { return true; }
+  bool number_float(Json::number_float_t, const std::string&) override { return true; }
+  bool string(std::string&) override { return true; }
+  bool binary(Json::binary_t&) override { return true; }
+  // Reported by the parse that follows.
+  bool parse_error(std::size_t, const std::string&, const nlohmann::detail::exception&) override {
+    return false;
+  }
+
+ private:
+  std::vector<std::unordered_set<std::string>> open_;
+  std::string duplicate_;
+};
+
 }  // namespace
 
 Result<Json> ParseJson(std::string_view text, const std::string& origin) {
-  std::vector<std::set<std::string>> open;
-  std::string duplicate;
-  const auto watch_keys = [&](int, Json::parse_event_t event, Json& parsed) {
-    if (event == Json::parse_event_t::object_start) open.emplace_back();
-    if (event == Json::parse_event_t::object_end) open.pop_back();
-    if (event == Json::parse_event_t::key &&
-        !open.back().insert(parsed.get<std::string>()).second) {
-      duplicate = parsed.get<std::string>();
-    }
-    return true;
-  };
   try {
-    Json value = Json::parse(text.begin(), text.end(), watch_keys);
-    if (!duplicate.empty()) {
-      return Status::InvalidInput(fmt::format("{}: key \"{}\" appears twice", origin, duplicate));
+    KeyWatcher watcher;
+    Json::sax_parse(text.begin(), text.end(), &watcher);
+    Json value = Json::parse(text.begin(), text.end());
+    if (!watcher.duplicate().empty()) {
+      return Status::InvalidInput(
+          fmt::format("{}: key \"{}\" appears twice", origin, watcher.duplicate()));
     }
     return value;
   } catch (const Json::exception& error) {

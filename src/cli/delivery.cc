@@ -52,7 +52,12 @@ Result<Json> MakeRecord(Session& session, const Delivery& delivery) {
   }
   record["choices"] = Json::object();
   for (const auto& [linear, format] : delivery.formats) record["choices"][linear] = format->name();
-  if (delivery.predicted.text >= 0) record["predicted_kl"] = delivery.predicted.text;
+  if (delivery.predicted.text >= 0) {
+    record["predicted_kl"] = delivery.predicted.text;
+  } else {
+    for (const char* name : {"predicted", "objective", "lower_bound", "gap"})
+      record[name] = nullptr;
+  }
   if (delivery.joint.text >= 0) record["predicted_kl_joint"] = delivery.joint.text;
   record["unmeasured"] = Unmeasured(session);
   return record;

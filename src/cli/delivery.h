@@ -24,7 +24,6 @@ struct Delivery {
   std::string base_model;   // name in the card; the source folder's name if empty
   std::string command;      // how to make it again, for the card
   std::string calibration;  // name of the calibration file
-  std::string images;       // name of the captions' file or folder
   PlannedAllocation plan;
   std::vector<PlannedAllocation> sweep;
   // Of text and captions: KL. Text negative: there is no prediction.

@@ -12,6 +12,8 @@
 namespace prismaquant {
 namespace {
 
+constexpr char kHead[] = "lm_head";
+
 struct ExportFlags {
   std::string work, out, choices, base_model;
   bool overwrite = false;
@@ -24,7 +26,11 @@ Result<PlanFlags> FlagsOfChoices(const Json& json, const std::string& file) {
   PlanFlags flags;
   flags.kernels = "any";
   std::set<std::string> formats = {std::string(SourceFormat().name())};
-  const Json choices = json.is_object() && json.contains("choices") ? json["choices"] : Json();
+  if (!json.is_object() || !json.contains("choices") || !json["choices"].is_object()) {
+    return Status::InvalidInput(
+        fmt::format("{}: no object \"choices\" of Linear names and formats", file));
+  }
+  const Json& choices = json["choices"];
   for (const auto& [linear, format] : choices.items()) {
     const std::string name = format.is_string() ? format.get<std::string>() : format.dump();
     if (FindFormat(name) == nullptr) {
@@ -32,7 +38,7 @@ Result<PlanFlags> FlagsOfChoices(const Json& json, const std::string& file) {
           fmt::format("{}: {} is \"{}\", which is no format", file, linear, name));
     }
     formats.insert(name);
-    if (linear == "lm_head") flags.lm_head = name;
+    if (linear == kHead) flags.lm_head = name;
   }
   flags.formats.assign(formats.begin(), formats.end());
   return flags;
@@ -41,8 +47,11 @@ Result<PlanFlags> FlagsOfChoices(const Json& json, const std::string& file) {
 // The plan of an edited or unedited allocation.
 Status TakeChoices(Session& session, const std::string& file, Delivery& delivery) {
   PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
-  PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(text, file));
-  PQ_ASSIGN_OR_RETURN(PlanFlags all, FlagsOfChoices(json, file));
+  PQ_ASSIGN_OR_RETURN(Json json, ParseJson(text, file));
+  PQ_ASSIGN_OR_RETURN(const PlanFlags all, FlagsOfChoices(json, file));
+  // As it stands in the source, the output projection is no unit.
+  const bool head_stays = all.lm_head == SourceFormat().name();
+  if (head_stays && json["choices"].contains(kHead)) json["choices"].erase(kHead);
   std::vector<std::string> linears;
   for (const UnitCosts& unit : UnitsWithoutCosts(session.model(), session.Rules(all))) {
     linears.insert(linears.end(), unit.linears.begin(), unit.linears.end());

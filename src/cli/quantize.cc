@@ -26,7 +26,8 @@ constexpr int64_t kEvaluationWindow = 512;
 // The command line that makes the same checkpoint, without paths of this machine.
 std::string ReproducingCommand(const QuantizeFlags& flags) {
   const auto name = [](const std::string& path) {
-    return std::filesystem::path(path).filename().string();
+    const std::filesystem::path whole = path;
+    return (whole.has_filename() ? whole : whole.parent_path()).filename().string();
   };
   std::string text = fmt::format(
       "prismaquant quantize SRC OUT --calibration {} --samples {} --tokens {} --seed {}",
@@ -167,7 +168,11 @@ Status RunQuantize(const QuantizeFlags& flags) {
     delivery.render.guided = false;
   }
   PQ_RETURN_IF_ERROR(session->Timed("allocate", [&] { return Plan(flags, *session, delivery); }));
-  if (flags.json != "-") PrintPlan(delivery.plan, delivery.sweep, session->labels());
+  if (flags.json != "-" && flags.uniform.empty()) {
+    PrintPlan(delivery.plan, delivery.sweep, session->labels());
+  } else if (flags.json != "-") {
+    PrintUniform(delivery.plan);
+  }
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));
   Json json = PlanToJson(delivery.plan, delivery.sweep);
   if (flags.json != "-") PQ_RETURN_IF_ERROR(PrintResult(*session, delivery));

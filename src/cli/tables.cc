@@ -43,6 +43,11 @@ void PrintPlan(const PlannedAllocation& plan, const std::vector<PlannedAllocatio
   fmt::print("        {}\n", FormatCounts(plan.counts));
 }
 
+void PrintUniform(const PlannedAllocation& plan) {
+  fmt::print("uniform: {:.6f} bpp, {}: {}\n", plan.bpp, FormatBytes(plan.file_bytes),
+             FormatCounts(plan.counts));
+}
+
 void PrintFormatRow(const std::string& what, const std::string& format,
                     const FormatTotals& totals) {
   const double bits = totals.weights == 0 ? 0

@@ -21,6 +21,8 @@ std::string FormatCounts(const std::map<std::string, int64_t>& counts);
 // The plan and the sweep around it. With data labels the predicted numbers are called scores.
 void PrintPlan(const PlannedAllocation& plan, const std::vector<PlannedAllocation>& sweep,
                LabelRule labels);
+// A plan without costs.
+void PrintUniform(const PlannedAllocation& plan);
 
 // Linears, weights and bytes by part and format.
 void PrintParts(const CheckpointSummary& summary);

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <span>
 #include <sstream>
 
@@ -173,8 +174,12 @@ Result<std::vector<CaptionSequence>> LoadCaptions(const stdfs::path& source,
 std::string CaptionsFingerprint(const std::vector<CaptionSequence>& captions) {
   Sha256 hash;
   for (const CaptionSequence& caption : captions) {
+    const ImagePatches& image = caption.image;
+    const std::array<int64_t, 4> shape = {static_cast<int64_t>(caption.ids.size()),
+                                          caption.first_label, image.grid_rows, image.grid_columns};
+    hash.Update(std::as_bytes(std::span(shape)));
     hash.Update(std::as_bytes(std::span(caption.ids)));
-    hash.Update(std::as_bytes(std::span(caption.image.values)));
+    hash.Update(std::as_bytes(std::span(image.values)));
   }
   return hash.Hex();
 }

@@ -38,7 +38,7 @@ Result<std::vector<CaptionSequence>> LoadCaptions(const std::filesystem::path& s
                                                   const Tokenizer& tokenizer,
                                                   const ImageTokens& tokens, int64_t limit);
 
-// Hex SHA-256 of all ids and pixels.
+// Hex SHA-256 of all ids, pixels and shapes.
 std::string CaptionsFingerprint(const std::vector<CaptionSequence>& captions);
 
 }  // namespace prismaquant

@@ -40,12 +40,12 @@ class Drafter {
   Drafter(const Model& model, const Sequences& sequences, const ComputeOptions& compute)
       : model_(model), sequences_(sequences), compute_(compute) {}
 
-  Status Load() {
+  Status Load(const std::shared_ptr<LinearRunner>& projection) {
     const int layer = model_.FindPart(Part::kMtp)->first;
     PQ_ASSIGN_OR_RETURN(layer_, model_.LoadLayer(layer, compute_));
     PQ_ASSIGN_OR_RETURN(linears_, QuantizedLinears::Load(model_, layer, compute_));
-    PQ_ASSIGN_OR_RETURN(body_head_, LoadStoredHead(model_, Part::kText, compute_));
-    PQ_ASSIGN_OR_RETURN(head_, LoadStoredHead(model_, Part::kMtp, compute_));
+    PQ_ASSIGN_OR_RETURN(body_head_, model_.LoadHead(Part::kText, compute_, projection));
+    PQ_ASSIGN_OR_RETURN(head_, model_.LoadHead(Part::kMtp, compute_, projection));
     return {};
   }
 
@@ -53,7 +53,7 @@ class Drafter {
   Status Judge(int64_t n, const std::vector<int32_t>& ids, const at::Tensor& hidden,
                DraftAcceptance& result) {
     const at::Tensor body = MostLikely(*body_head_, body_head_->Norm(hidden)[0]);
-    PQ_ASSIGN_OR_RETURN(const at::Tensor inputs, sequences_.MtpInput(n, *body_head_, hidden));
+    PQ_ASSIGN_OR_RETURN(const at::Tensor inputs, sequences_.MtpInput(n, hidden));
     const SequenceContext& context = sequences_.Context(Part::kMtp, n);
     const at::Tensor normed = head_->Norm(RunLayer(*layer_, context, inputs, *linears_));
     const at::Tensor drafts = MostLikely(*head_, normed[0]);
@@ -125,9 +125,10 @@ double DraftAcceptance::rate(int draft) const {
 
 Result<DraftAcceptance> MeasureDrafts(const Model& model, const Calibration& data,
                                       const Sequences& sequences, const BodyOutputs& outputs,
+                                      const std::shared_ptr<LinearRunner>& projection,
                                       const ComputeOptions& compute) {
   Drafter drafter(model, sequences, compute);
-  PQ_RETURN_IF_ERROR(drafter.Load());
+  PQ_RETURN_IF_ERROR(drafter.Load(projection));
   DraftAcceptance result;
   Progress progress("evaluate, drafts", data.text.count(), "windows");
   for (int64_t n = 0; n < data.text.count(); ++n) {

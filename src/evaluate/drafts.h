@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "base/status.h"
@@ -27,10 +28,11 @@ struct DraftAcceptance {
   double rate(int draft) const;
 };
 
-// `outputs` of the same data. The model must have a kMtp part. Second and third drafts are made at
-// a bounded number of positions per window, evenly taken.
+// `outputs` of the same data; `projection` of the same model. The model must have a kMtp part.
+// Second and third drafts are made at a bounded number of positions per window, evenly taken.
 Result<DraftAcceptance> MeasureDrafts(const Model& model, const Calibration& data,
                                       const Sequences& sequences, const BodyOutputs& outputs,
+                                      const std::shared_ptr<LinearRunner>& projection,
                                       const ComputeOptions& compute);
 
 }  // namespace prismaquant

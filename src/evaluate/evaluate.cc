@@ -101,11 +101,19 @@ Status RequireComparable(const Model& source, const Model& quantized) {
   if (a.vocab_size != b.vocab_size) return refuse("vocab_size", a.vocab_size, b.vocab_size);
   if (a.hidden_size != b.hidden_size) return refuse("hidden_size", a.hidden_size, b.hidden_size);
   if (a.num_layers != b.num_layers) return refuse("num_hidden_layers", a.num_layers, b.num_layers);
-  if (source.parts().size() != quantized.parts().size()) {
-    return refuse("the number of parts (body, lm_head, MTP head, vision tower)",
-                  static_cast<int64_t>(source.parts().size()),
-                  static_cast<int64_t>(quantized.parts().size()));
+  for (const auto& [part, name] :
+       {std::pair(Part::kHead, "an lm_head"), std::pair(Part::kMtp, "an MTP head"),
+        std::pair(Part::kVision, "a vision tower")}) {
+    const bool expected = source.FindPart(part) != nullptr;
+    if (expected == (quantized.FindPart(part) != nullptr)) continue;
+    return Status::InvalidInput(fmt::format(
+        "{}: has {}{}, unlike {}", quantized.checkpoint().folder().string(),
+        expected ? "no part that is " : "", name, source.checkpoint().folder().string()));
   }
+  const auto experts = [](const ModelConfig& config) {
+    return config.mixture ? config.mixture->experts : 0;
+  };
+  if (experts(a) != experts(b)) return refuse("the number of experts", experts(a), experts(b));
   return {};
 }
 
@@ -134,15 +142,18 @@ class Comparison {
                         RunBody(source_, data_, sequences, compute_, "evaluate, source"));
     PQ_ASSIGN_OR_RETURN(
         outputs_, RunBody(quantized_, data_, quantized_sequences, compute_, "evaluate, quantized"));
-    PQ_ASSIGN_OR_RETURN(source_head_, LoadStoredHead(source_, Part::kText, compute_));
-    PQ_ASSIGN_OR_RETURN(head_, LoadStoredHead(quantized_, Part::kText, compute_));
+    PQ_ASSIGN_OR_RETURN(const auto source_projection, LoadStoredProjection(source_, compute_));
+    PQ_ASSIGN_OR_RETURN(const auto projection, LoadStoredProjection(quantized_, compute_));
+    PQ_ASSIGN_OR_RETURN(source_head_, source_.LoadHead(Part::kText, compute_, source_projection));
+    PQ_ASSIGN_OR_RETURN(head_, quantized_.LoadHead(Part::kText, compute_, projection));
     ScoreTexts();
     if (!data_.captions.empty()) ScoreCaptions();
     if (source_.FindPart(Part::kMtp) != nullptr) {
-      PQ_ASSIGN_OR_RETURN(result_.drafts_source,
-                          MeasureDrafts(source_, data_, sequences, source_outputs_, compute_));
+      PQ_ASSIGN_OR_RETURN(
+          result_.drafts_source,
+          MeasureDrafts(source_, data_, sequences, source_outputs_, source_projection, compute_));
       PQ_ASSIGN_OR_RETURN(result_.drafts, MeasureDrafts(quantized_, data_, quantized_sequences,
-                                                        outputs_, compute_));
+                                                        outputs_, projection, compute_));
     }
     if (!outputs_.routing.empty()) {
       result_.router_agreement = RouterAgreement(source_outputs_.routing, outputs_.routing);

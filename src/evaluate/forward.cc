@@ -34,6 +34,15 @@ Status RunPart(const Model& model, const PartLayers& part, const Sequences& sequ
   return {};
 }
 
+class TiedProjection : public LinearRunner {
+ public:
+  explicit TiedProjection(std::unique_ptr<OutputHead> head) : head_(std::move(head)) {}
+  at::Tensor Apply(const LinearInfo&, const at::Tensor& x) override { return head_->Project(x); }
+
+ private:
+  std::unique_ptr<OutputHead> head_;
+};
+
 }  // namespace
 
 Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const Sequences& sequences,
@@ -60,13 +69,15 @@ Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const S
   return outputs;
 }
 
-Result<std::unique_ptr<OutputHead>> LoadStoredHead(const Model& model, Part part,
-                                                   const ComputeOptions& compute) {
-  const PartLayers* head = model.FindPart(Part::kHead);
-  if (head == nullptr) return model.LoadHead(part, compute);
-  PQ_ASSIGN_OR_RETURN(std::unique_ptr<QuantizedLinears> linears,
-                      QuantizedLinears::Load(model, head->first, compute));
-  return model.LoadHead(part, compute, std::shared_ptr<LinearRunner>(std::move(linears)));
+Result<std::shared_ptr<LinearRunner>> LoadStoredProjection(const Model& model,
+                                                           const ComputeOptions& compute) {
+  if (const PartLayers* head = model.FindPart(Part::kHead)) {
+    PQ_ASSIGN_OR_RETURN(std::unique_ptr<QuantizedLinears> linears,
+                        QuantizedLinears::Load(model, head->first, compute));
+    return std::shared_ptr<LinearRunner>(std::move(linears));
+  }
+  PQ_ASSIGN_OR_RETURN(std::unique_ptr<OutputHead> tied, model.LoadHead(Part::kText, compute));
+  return std::shared_ptr<LinearRunner>(std::make_shared<TiedProjection>(std::move(tied)));
 }
 
 }  // namespace prismaquant

@@ -26,9 +26,10 @@ struct BodyOutputs {
 Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const Sequences& sequences,
                             const ComputeOptions& compute, const std::string& title);
 
-// The head of kText or kMtp with the output projection as the checkpoint stores it.
-Result<std::unique_ptr<OutputHead>> LoadStoredHead(const Model& model, Part part,
-                                                   const ComputeOptions& compute);
+// The output projection as the checkpoint stores it, for the heads of the body and of the MTP head
+// alike; the embedding table if it is tied.
+Result<std::shared_ptr<LinearRunner>> LoadStoredProjection(const Model& model,
+                                                           const ComputeOptions& compute);
 
 }  // namespace prismaquant
 

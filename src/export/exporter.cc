@@ -151,7 +151,10 @@ Status WriteSlice(const Model& model, const LinearInfo& linear,
                   const CheckpointWriter::Sink& sink) {
   PQ_ASSIGN_OR_RETURN(const at::Tensor slice, model.LoadWeight(linear));
   PQ_RETURN_IF_ERROR(sink(TensorBytes(slice.contiguous())));
-  model.checkpoint().DontNeed({linear.packed.tensor});
+  const std::vector<int64_t>& shape = model.checkpoint().Find(linear.packed.tensor)->shape;
+  const bool last =
+      linear.packed.expert + 1 == shape[0] && linear.packed.row + linear.out == shape[1];
+  if (last) model.checkpoint().DontNeed({linear.packed.tensor});
   return {};
 }
 

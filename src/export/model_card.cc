@@ -67,6 +67,10 @@ std::string FormatTitle(std::string_view name) {
   if (name == "nvfp4") return "NVFP4 (W4A4)";
   if (name == "fp8") return "FP8 (W8A8, per channel)";
   if (name == "mxfp8") return "MXFP8 (W8A8)";
+  if (name == "mxfp4") return "MXFP4 (W4A4)";
+  if (name == "nvfp4a16") return "NVFP4 (weights alone)";
+  if (name == "int4") return "INT4 (weights alone)";
+  if (name == "int8") return "INT8 (weights alone)";
   return "unquantized";
 }
 
@@ -194,6 +198,19 @@ std::string Measured(const ModelCard& card) {
                       m.kl_stderr);
   text += fmt::format("| perplexity | {:.3f} | {:.3f} |\n", m.ppl_source, m.ppl);
   text += fmt::format("| same most likely token | 100 % | {:.2f} % |\n", 100 * m.top1);
+  if (m.caption_kl) {
+    text +=
+        fmt::format("| KL on captions of images, nats per token | 0 | {:.5f} |\n", *m.caption_kl);
+    text += fmt::format("| loss of the captions, nats per token | {:.4f} | {:.4f} |\n",
+                        *m.caption_loss_source, *m.caption_loss);
+  }
+  if (m.draft_acceptance) {
+    text += fmt::format("| accepted first drafts of the MTP head | {:.1f} % | {:.1f} % |\n",
+                        100 * *m.draft_acceptance_source, 100 * *m.draft_acceptance);
+  }
+  if (m.router_agreement) {
+    text += fmt::format("| same experts | 100 % | {:.2f} % |\n", 100 * *m.router_agreement);
+  }
   const bool comparable = card.predicted && std::string(LossName(card)) != "score" && m.kl > 0;
   if (comparable) {
     text += fmt::format("\nPredicted / measured: {:.3f}.\n", *card.predicted / m.kl);
@@ -240,10 +257,15 @@ std::string Limits(const ModelCard& card) {
         "- Measured in an emulation of the quantized arithmetic on a CPU, weights and "
         "activations, not on a GPU's kernels.\n";
   }
-  const auto& parts = card.summary.parts;
-  if (parts.count(Part::kVision) > 0 || parts.count(Part::kMtp) > 0) {
-    text +=
-        "- The vision tower and the MTP head are unquantized; the figures above are for text.\n";
+  for (const auto& [part, name] :
+       {std::pair(Part::kVision, "vision tower"), std::pair(Part::kMtp, "MTP head")}) {
+    const auto found = card.summary.parts.find(part);
+    if (found == card.summary.parts.end()) continue;
+    const auto& formats = found->second.formats;
+    const bool unquantized = std::all_of(formats.begin(), formats.end(), [](const auto& entry) {
+      return entry.first == SourceFormat().name();
+    });
+    if (unquantized) text += fmt::format("- The {} is unquantized.\n", name);
   }
   if (card.summary.Total().count("nvfp4") > 0) {
     text +=

@@ -118,7 +118,7 @@ prismaquant quantize SRC OUT --bpp 4.5
 
 - The predicted KL is a second-order estimate of the calibration text's; other texts differ.
 - Measured in an emulation of the quantized arithmetic on a CPU, weights and activations, not on a GPU's kernels.
-- The vision tower and the MTP head are unquantized; the figures above are for text.
+- The MTP head is unquantized.
 - GPUs before SM100 (Blackwell) have no NVFP4 arithmetic: vLLM runs such Linears there with unquantized activations (Marlin), so results differ a little from those above.
 )");
 }

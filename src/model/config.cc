@@ -13,7 +13,7 @@
 namespace prismaquant {
 namespace {
 
-constexpr int64_t kMostLayers = 10000;
+constexpr int64_t kMostLayers = 10000, kMostExperts = 4096;
 
 // How a family's configuration class says which layers do what, unless layer_types lists them.
 enum class LayerRule {
@@ -244,7 +244,7 @@ void ParseShape(ConfigReader& reader, const FamilyKeys& keys, ModelConfig& confi
 
 void ParseMixture(ConfigReader& reader, const FamilyKeys& keys, ModelConfig& config) {
   const char* experts = reader.Has("num_experts") ? "num_experts" : "num_local_experts";
-  MixtureConfig mixture{.experts = reader.Int(experts),
+  MixtureConfig mixture{.experts = reader.Int(experts, kMostExperts),
                         .experts_per_token = reader.Int("num_experts_per_tok"),
                         .expert_size = reader.Int("moe_intermediate_size")};
   if (keys.shared_expert) {
@@ -311,7 +311,9 @@ Result<ModelConfig> ModelConfig::Parse(const Json& json, const std::string& orig
   ParseRope(text, keys.rope, config);
   ParseLayers(text, keys.rule, config);
   if (keys.rule == LayerRule::kHybrid) ParseDeltaNet(text, config);
-  if (keys.mtp && text.Has("mtp_num_hidden_layers")) {
+  // A head with embeddings of its own has never been published; it is passed through.
+  if (keys.mtp && text.Has("mtp_num_hidden_layers") &&
+      !text.BoolOr("mtp_use_dedicated_embeddings", false)) {
     config.mtp_layers = text.Int("mtp_num_hidden_layers", kMostLayers, 0);
   }
   ParseImageTokens(whole, config);

@@ -77,7 +77,7 @@ class MtpLayer : public DecoderLayer {
 
 class HeadLayer : public DecoderLayer {
  public:
-  HeadLayer(LinearStages stages, FinalNorm norm) : norm_(std::move(norm)) {
+  HeadLayer(LinearStages stages, HeadNorm norm) : norm_(std::move(norm)) {
     stages_ = std::move(stages);
   }
   std::vector<at::Tensor> StageInputs(int, const SequenceContext&,
@@ -90,12 +90,12 @@ class HeadLayer : public DecoderLayer {
   }
 
  private:
-  FinalNorm norm_;
+  HeadNorm norm_;
 };
 
 class PlainHead : public OutputHead {
  public:
-  PlainHead(FinalNorm norm, at::Tensor projection)
+  PlainHead(HeadNorm norm, at::Tensor projection)
       : norm_(std::move(norm)), projection_(std::move(projection)) {}
   at::Tensor Norm(const at::Tensor& hidden) const override { return norm_.Apply(hidden); }
   at::Tensor Project(const at::Tensor& normed) const override {
@@ -104,13 +104,13 @@ class PlainHead : public OutputHead {
   int64_t vocab_size() const override { return projection_.size(0); }
 
  private:
-  FinalNorm norm_;
+  HeadNorm norm_;
   at::Tensor projection_;
 };
 
 class LinearHead : public OutputHead {
  public:
-  LinearHead(FinalNorm norm, LinearInfo linear, std::shared_ptr<LinearRunner> linears)
+  LinearHead(HeadNorm norm, LinearInfo linear, std::shared_ptr<LinearRunner> linears)
       : norm_(std::move(norm)), linear_(std::move(linear)), linears_(std::move(linears)) {}
   at::Tensor Norm(const at::Tensor& hidden) const override { return norm_.Apply(hidden); }
   at::Tensor Project(const at::Tensor& normed) const override {
@@ -119,7 +119,7 @@ class LinearHead : public OutputHead {
   int64_t vocab_size() const override { return linear_.out; }
 
  private:
-  FinalNorm norm_;
+  HeadNorm norm_;
   LinearInfo linear_;
   std::shared_ptr<LinearRunner> linears_;
 };
@@ -134,15 +134,15 @@ std::unique_ptr<DecoderLayer> MakeMtpLayer(LinearStages stages, SkeletonParts pa
   return std::make_unique<MtpLayer>(std::move(stages), std::move(parts));
 }
 
-std::unique_ptr<DecoderLayer> MakeHeadLayer(LinearStages stages, FinalNorm norm) {
+std::unique_ptr<DecoderLayer> MakeHeadLayer(LinearStages stages, HeadNorm norm) {
   return std::make_unique<HeadLayer>(std::move(stages), std::move(norm));
 }
 
-std::unique_ptr<OutputHead> MakeOutputHead(FinalNorm norm, at::Tensor projection) {
+std::unique_ptr<OutputHead> MakeOutputHead(HeadNorm norm, at::Tensor projection) {
   return std::make_unique<PlainHead>(std::move(norm), std::move(projection));
 }
 
-std::unique_ptr<OutputHead> MakeOutputHead(FinalNorm norm, LinearInfo linear,
+std::unique_ptr<OutputHead> MakeOutputHead(HeadNorm norm, LinearInfo linear,
                                            std::shared_ptr<LinearRunner> linears) {
   return std::make_unique<LinearHead>(std::move(norm), std::move(linear), std::move(linears));
 }

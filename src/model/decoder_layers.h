@@ -43,7 +43,7 @@ std::unique_ptr<DecoderLayer> MakeSkeleton(LinearStages stages, SkeletonParts pa
 // those of the skeleton.
 std::unique_ptr<DecoderLayer> MakeMtpLayer(LinearStages stages, SkeletonParts parts);
 
-struct FinalNorm {
+struct HeadNorm {
   NormKind kind = NormKind::kPlain;
   double eps = 0;
   at::Tensor weight;
@@ -52,11 +52,11 @@ struct FinalNorm {
 };
 
 // One stage {lm_head}; hidden becomes the logits.
-std::unique_ptr<DecoderLayer> MakeHeadLayer(LinearStages stages, FinalNorm norm);
+std::unique_ptr<DecoderLayer> MakeHeadLayer(LinearStages stages, HeadNorm norm);
 // The projection [vocab_size, hidden_size].
-std::unique_ptr<OutputHead> MakeOutputHead(FinalNorm norm, at::Tensor projection);
+std::unique_ptr<OutputHead> MakeOutputHead(HeadNorm norm, at::Tensor projection);
 // The projection is what `linears` makes of `linear`.
-std::unique_ptr<OutputHead> MakeOutputHead(FinalNorm norm, LinearInfo linear,
+std::unique_ptr<OutputHead> MakeOutputHead(HeadNorm norm, LinearInfo linear,
                                            std::shared_ptr<LinearRunner> linears);
 
 }  // namespace prismaquant

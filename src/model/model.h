@@ -158,6 +158,9 @@ class Model {
   // ids [sequences, tokens] int64 -> [sequences, tokens, hidden_size], the input of layer 0. The
   // rows of image tokens are to be replaced by the tower's output, in order.
   Result<at::Tensor> Embed(const at::Tensor& ids, const ComputeOptions& options) const;
+  // The body's final norm of hidden [.., hidden_size].
+  virtual Result<at::Tensor> FinalNorm(const at::Tensor& hidden,
+                                       const ComputeOptions& options) const = 0;
   // The input [1, slots, 2 hidden_size] of the MTP layer: slot i joins the embedding of token i + 1
   // with the normed hidden state of token i (OutputHead::Norm of the body's output, or of the MTP
   // head's own when it drafts further). Both are [1, slots, hidden_size].
@@ -171,7 +174,7 @@ class Model {
   virtual Result<std::unique_ptr<DecoderLayer>> LoadLayer(int layer,
                                                           const ComputeOptions& options) const = 0;
   // `part`: kText or kMtp. The projection is the checkpoint's unquantized one, or, if `projection`
-  // is given, what it makes of the Linear of kHead.
+  // is given, what it makes of a Linear named lm_head.
   virtual Result<std::unique_ptr<OutputHead>> LoadHead(
       Part part, const ComputeOptions& options,
       std::shared_ptr<LinearRunner> projection = nullptr) const = 0;

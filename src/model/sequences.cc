@@ -73,12 +73,13 @@ Result<at::Tensor> Sequences::Embeddings(int64_t sequence, const at::Tensor& ima
   return embedded.index_copy(1, ImagePlaces(sequence).to(embedded.device()), image);
 }
 
-Result<at::Tensor> Sequences::MtpInput(int64_t sequence, const OutputHead& head,
-                                       const at::Tensor& hidden) const {
+Result<at::Tensor> Sequences::MtpInput(int64_t sequence, const at::Tensor& hidden) const {
   const int64_t slots = hidden.size(1) - 1;
   PQ_ASSIGN_OR_RETURN(const at::Tensor embedded,
                       model_->Embed(Ids(sequence).narrow(1, 1, slots), options_));
-  return model_->MtpInput(embedded, head.Norm(hidden.narrow(1, 0, slots)), options_);
+  PQ_ASSIGN_OR_RETURN(const at::Tensor normed,
+                      model_->FinalNorm(hidden.narrow(1, 0, slots), options_));
+  return model_->MtpInput(embedded, normed, options_);
 }
 
 at::Tensor Sequences::ImageRows(int64_t sequence, const at::Tensor& gradient) const {

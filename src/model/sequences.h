@@ -42,8 +42,7 @@ class Sequences {
   // captions only.
   Result<at::Tensor> Embeddings(int64_t sequence, const at::Tensor& image) const;
   // MTP head: [1, tokens - 1, 2 hidden_size] from the body's output of a text window.
-  Result<at::Tensor> MtpInput(int64_t sequence, const OutputHead& head,
-                              const at::Tensor& hidden) const;
+  Result<at::Tensor> MtpInput(int64_t sequence, const at::Tensor& hidden) const;
   // The part of a gradient [1, tokens, hidden_size] at Embeddings that belongs to the image, [1,
   // image tokens, hidden_size].
   at::Tensor ImageRows(int64_t sequence, const at::Tensor& gradient) const;

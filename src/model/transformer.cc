@@ -143,7 +143,8 @@ LinearInfo TransformerModel::DescribeExpert(int layer, int stage, int64_t expert
 }
 
 LinearInfo TransformerModel::DescribeHead() const {
-  LinearInfo info = Describe(FindPart(Part::kHead)->first, 0,
+  const PartLayers* part = FindPart(Part::kHead);
+  LinearInfo info = Describe(part != nullptr ? part->first : num_layers(), 0,
                              {.name = kHead, .out = config_.vocab_size, .in = config_.hidden_size});
   info.allocatable = false;
   return info;
@@ -316,7 +317,7 @@ Result<std::unique_ptr<DecoderLayer>> TransformerModel::LoadLayer(
     return vision_->LoadBlock(layer - FindPart(Part::kVision)->first, options);
   }
   if (part == Part::kHead) {
-    PQ_ASSIGN_OR_RETURN(FinalNorm norm, LoadFinalNorm(Part::kText, options));
+    PQ_ASSIGN_OR_RETURN(HeadNorm norm, LoadFinalNorm(Part::kText, options));
     return MakeHeadLayer(LayerStages(layer), std::move(norm));
   }
   PQ_ASSIGN_OR_RETURN(SkeletonParts parts, LoadSkeleton(layer, options));
@@ -324,8 +325,8 @@ Result<std::unique_ptr<DecoderLayer>> TransformerModel::LoadLayer(
                             : MakeSkeleton(LayerStages(layer), std::move(parts));
 }
 
-Result<FinalNorm> TransformerModel::LoadFinalNorm(Part part, const ComputeOptions& options) const {
-  FinalNorm norm{.kind = skeleton().norm, .eps = config_.rms_norm_eps, .weight = {}};
+Result<HeadNorm> TransformerModel::LoadFinalNorm(Part part, const ComputeOptions& options) const {
+  HeadNorm norm{.kind = skeleton().norm, .eps = config_.rms_norm_eps, .weight = {}};
   const std::string name =
       part == Part::kMtp ? "mtp.norm.weight" : config_.body_prefix + "norm.weight";
   PQ_ASSIGN_OR_RETURN(norm.weight,
@@ -333,9 +334,15 @@ Result<FinalNorm> TransformerModel::LoadFinalNorm(Part part, const ComputeOption
   return norm;
 }
 
+Result<at::Tensor> TransformerModel::FinalNorm(const at::Tensor& hidden,
+                                               const ComputeOptions& options) const {
+  PQ_ASSIGN_OR_RETURN(const HeadNorm norm, LoadFinalNorm(Part::kText, options));
+  return norm.Apply(hidden);
+}
+
 Result<std::unique_ptr<OutputHead>> TransformerModel::LoadHead(
     Part part, const ComputeOptions& options, std::shared_ptr<LinearRunner> projection) const {
-  PQ_ASSIGN_OR_RETURN(FinalNorm norm, LoadFinalNorm(part, options));
+  PQ_ASSIGN_OR_RETURN(HeadNorm norm, LoadFinalNorm(part, options));
   if (projection != nullptr) {
     return MakeOutputHead(std::move(norm), DescribeHead(), std::move(projection));
   }

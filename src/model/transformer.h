@@ -36,6 +36,8 @@ class TransformerModel : public Model {
   Result<std::unique_ptr<OutputHead>> LoadHead(
       Part part, const ComputeOptions& options,
       std::shared_ptr<LinearRunner> projection = nullptr) const override;
+  Result<at::Tensor> FinalNorm(const at::Tensor& hidden,
+                               const ComputeOptions& options) const override;
   // Builds the inventory and checks every tensor's shape.
   Status Initialize(const Checkpoint& checkpoint, ModelConfig config, const Profile& profile);
 
@@ -70,7 +72,7 @@ class TransformerModel : public Model {
   DType StoredType(const std::string& tensor) const;
   std::vector<ParameterShape> LayerParameters(int layer) const;
   Result<SkeletonParts> LoadSkeleton(int layer, const ComputeOptions& options) const;
-  Result<FinalNorm> LoadFinalNorm(Part part, const ComputeOptions& options) const;
+  Result<HeadNorm> LoadFinalNorm(Part part, const ComputeOptions& options) const;
   Status CheckLinear(const LinearInfo& linear) const;
   Status CheckShape(const std::string& tensor, const std::vector<int64_t>& shape) const;
 };

@@ -76,21 +76,23 @@ class HeadPricer {
   }
 
   void PriceSlice(int64_t row, const at::Tensor& weight) {
-    std::vector<at::Tensor> logits, gradients;
-    for (size_t n = 0; n < windows_.size(); ++n) {
-      logits.push_back(at::matmul(windows_[n].x, weight.t()));
-      gradients.push_back(Gradient(windows_[n], logits[n], row));
-      grad_squares_[n] += gradients[n].square().sum(-1);
-    }
+    std::vector<at::Tensor> decoded;
     for (size_t i = 0; i < formats_.size(); ++i) {
-      const Format& format = *formats_[i];
-      if (&format == &SourceFormat()) continue;
-      const at::Tensor decoded = format.Decode(format.Encode(weight, scales_, linear_.dtype));
-      costs_[i].weight_mse += (decoded - weight).square().sum(-1).sum(at::kDouble).item<double>();
-      for (size_t n = 0; n < windows_.size(); ++n) {
-        const at::Tensor change =
-            at::matmul(format.QuantizeActivation(windows_[n].x, scales_), decoded.t()) - logits[n];
-        costs_[i].directional[n] += (gradients[n] * change).sum(-1).sum(at::kDouble).item<double>();
+      at::Tensor& rounded = decoded.emplace_back();
+      if (formats_[i] == &SourceFormat()) continue;
+      rounded = formats_[i]->Decode(formats_[i]->Encode(weight, scales_, linear_.dtype));
+      costs_[i].weight_mse += (rounded - weight).square().sum(-1).sum(at::kDouble).item<double>();
+    }
+    for (size_t n = 0; n < windows_.size(); ++n) {
+      const Window& window = windows_[n];
+      const at::Tensor logits = at::matmul(window.x, weight.t());
+      const at::Tensor g = Gradient(window, logits, row);
+      grad_squares_[n] += g.square().sum(-1);
+      for (size_t i = 0; i < formats_.size(); ++i) {
+        if (!decoded[i].defined()) continue;
+        const at::Tensor x = formats_[i]->QuantizeActivation(window.x, scales_);
+        const at::Tensor change = at::matmul(x, decoded[i].t()) - logits;
+        costs_[i].directional[n] += (g * change).sum(-1).sum(at::kDouble).item<double>();
       }
     }
   }

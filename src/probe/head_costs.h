@@ -26,8 +26,8 @@ struct HeadStatistics {
 };
 
 // `hidden`: the body's outputs; `losses` of the same sequences, by `head`. The model must have a
-// kHead part. Holds the normed hidden states in float32 and one slice of the projection with its
-// logits.
+// kHead part. Holds the normed hidden states in float32, one slice of the projection in every
+// format, and one window's logits for it.
 Result<HeadStatistics> PriceHead(const Model& model, const OutputHead& head,
                                  const Calibration& calibration, const StoredSequences& hidden,
                                  const std::vector<SequenceLoss>& losses,

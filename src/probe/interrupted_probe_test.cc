@@ -77,9 +77,10 @@ class InterruptedProbeTest : public ::testing::Test {
  protected:
   void SetUp() override { std::filesystem::create_directories(folder_ / "snapshots"); }
 
-  Status Run(const std::filesystem::path& folder, FileSystem& fs = FileSystem::Default()) const {
+  Status Run(const std::filesystem::path& folder, FileSystem& fs = FileSystem::Default(),
+             const std::vector<const Format*>& formats = {}) const {
     PQ_ASSIGN_OR_RETURN(RunStore store, RunStore::Open(fs, folder));
-    return RunProbe(tiny_.model(), tiny_.calibration(), {.seed = 3}, store);
+    return RunProbe(tiny_.model(), tiny_.calibration(), {.seed = 3, .formats = formats}, store);
   }
 
   Outcome Read(const std::filesystem::path& folder) const {
@@ -133,6 +134,22 @@ TEST_F(InterruptedProbeTest, AKillAtAnyMomentChangesNothing) {
   SnapshotFileSystem snapshots(folder_ / "whole", folder_ / "snapshots");
   ASSERT_TRUE(Run(folder_ / "whole", snapshots).ok());
   const Outcome whole = Read(folder_ / "whole");
+  ASSERT_GT(snapshots.count(), 20);
+  for (int n = 0; n < snapshots.count(); ++n) {
+    const Status status = Run(snapshots.snapshot(n));
+    ASSERT_TRUE(status.ok()) << "killed before operation " << n << ": " << status.message();
+    EXPECT_TRUE(Read(snapshots.snapshot(n)) == whole) << "killed before operation " << n;
+  }
+}
+
+TEST_F(InterruptedProbeTest, AKillInAFurtherPassChangesNothing) {
+  ASSERT_TRUE(Run(folder_ / "whole").ok());
+  const Outcome whole = Read(folder_ / "whole");
+  const std::filesystem::path store = folder_ / "store";
+  ASSERT_TRUE(Run(store, FileSystem::Default(), {FindFormat("nvfp4"), FindFormat("bf16")}).ok());
+  SnapshotFileSystem snapshots(store, folder_ / "snapshots");
+  ASSERT_TRUE(Run(store, snapshots).ok());
+  EXPECT_TRUE(Read(store) == whole);
   ASSERT_GT(snapshots.count(), 20);
   for (int n = 0; n < snapshots.count(); ++n) {
     const Status status = Run(snapshots.snapshot(n));

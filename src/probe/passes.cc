@@ -61,16 +61,6 @@ Result<std::vector<PassFormats>> PlanPasses(RunStore& store,
   return planned;
 }
 
-Result<std::vector<std::string>> PricedFormats(RunStore& store) {
-  PQ_ASSIGN_OR_RETURN(const Json passes, ReadPasses(store));
-  const std::set<std::string> known = NamesOf(passes);
-  std::vector<std::string> names;
-  for (const Format* format : AllFormats()) {
-    if (known.count(std::string(format->name())) > 0) names.emplace_back(format->name());
-  }
-  return names;
-}
-
 Result<bool> IsProbed(RunStore& store) {
   PQ_ASSIGN_OR_RETURN(const auto note, store.Note(kProbedNote));
   return note.has_value();

@@ -53,7 +53,7 @@ bool AllFinite(const LinearCost& cost) {
                      [](double s) { return std::isfinite(s); });
 }
 
-// One pass over all parts that prices some formats.
+// One pass over all parts that prices some formats. Leaves its hidden states and gradients.
 class ProbePass {
  public:
   ProbePass(const Model& model, const Calibration& calibration, const Sequences& sequences,
@@ -78,10 +78,7 @@ class ProbePass {
     }
     if (mtp != nullptr) PQ_RETURN_IF_ERROR(RunMtp(*mtp));
     PQ_RETURN_IF_ERROR(Backward(body, "body"));
-    if (vision != nullptr) PQ_RETURN_IF_ERROR(Backward(*vision, "vision"));
-    // Also what a run left that was killed between a mark and the removals that follow it.
-    PQ_RETURN_IF_ERROR(store_.RemoveBlobs(kGradientFolder));
-    return store_.RemoveBlobs(kHiddenFolder);
+    return vision != nullptr ? Backward(*vision, "vision") : Status();
   }
 
  private:
@@ -105,7 +102,6 @@ class ProbePass {
   Status PutInputs(const PartLayers& part) {
     const SequenceRange range = sequences_.Range(part.part);
     std::vector<at::Tensor> inputs;
-    std::unique_ptr<OutputHead> head;
     std::optional<StoredSequences> before;
     const PartLayers* vision = model_.FindPart(Part::kVision);
     if (part.part == Part::kText && !calibration_.captions.empty()) {
@@ -114,14 +110,13 @@ class ProbePass {
     if (part.part == Part::kMtp) {
       const PartLayers& body = *model_.FindPart(Part::kText);
       PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, HiddenBlob(body, body.end)));
-      PQ_ASSIGN_OR_RETURN(head, model_.LoadHead(Part::kText, options_.compute));
     }
     for (int64_t n = range.first; n < range.end; ++n) {
       at::Tensor& input = inputs.emplace_back();
       if (part.part == Part::kVision) {
         PQ_ASSIGN_OR_RETURN(input, sequences_.PatchEmbeddings(n));
       } else if (part.part == Part::kMtp) {
-        PQ_ASSIGN_OR_RETURN(input, sequences_.MtpInput(n, *head, before->of(n)));
+        PQ_ASSIGN_OR_RETURN(input, sequences_.MtpInput(n, before->of(n)));
       } else {
         const at::Tensor image = calibration_.IsCaption(n) ? before->of(n) : at::Tensor();
         PQ_ASSIGN_OR_RETURN(input, sequences_.Embeddings(n, image));
@@ -323,6 +318,10 @@ Status RunPasses(const Model& model, const Calibration& calibration, const Probe
   for (const PassFormats& pass : passes) {
     PQ_RETURN_IF_ERROR(ProbePass(model, calibration, sequences, options, pass, store).Run());
   }
+  // Once all passes are through: a finished pass must not remove what a later, interrupted one
+  // needs.
+  PQ_RETURN_IF_ERROR(store.RemoveBlobs(kGradientFolder));
+  PQ_RETURN_IF_ERROR(store.RemoveBlobs(kHiddenFolder));
   PQ_ASSIGN_OR_RETURN(const bool noted, IsProbed(store));
   return noted ? Status() : store.PutNote(kProbedNote, "1");
 }

@@ -46,8 +46,6 @@ Status RunProbe(const Model& model, const Calibration& calibration, const ProbeO
 
 // Whether the store holds the statistics of all Linears.
 Result<bool> IsProbed(RunStore& store);
-// Names of the formats that the store prices, in the order of AllFormats.
-Result<std::vector<std::string>> PricedFormats(RunStore& store);
 
 // Positions with a loss: the divisors of the statistics.
 struct LossTokens {

@@ -172,11 +172,9 @@ TEST_F(ProbeTest, FormatsThatAreAskedForLaterArePricedAlike) {
   RunStore at_once = Store("at_once"), in_turn = Store("in_turn");
   ASSERT_TRUE(Run(at_once, both).ok());
   ASSERT_TRUE(Run(in_turn, first).ok());
-  EXPECT_EQ(PricedFormats(in_turn).value(), (std::vector<std::string>{"nvfp4", "bf16"}));
   const auto before = in_turn.Costs().value();
   for (const auto& [linear, formats] : before) EXPECT_EQ(formats.count("int4"), 0U) << linear;
   ASSERT_TRUE(Run(in_turn, second).ok());
-  EXPECT_EQ(PricedFormats(in_turn).value(), PricedFormats(at_once).value());
   ExpectSame(at_once, in_turn);
   const auto after = in_turn.Costs().value();
   for (const auto& [linear, formats] : after) {

@@ -120,12 +120,10 @@ class Renderer {
     const SequenceRange range = sequences_.Range(part.part);
     const bool first = layer == part.first;
     std::optional<StoredSequences> before;
-    std::unique_ptr<OutputHead> head;
     if (!first) {
       PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, StateBlob(key_, part, layer)));
     } else if (part.part == Part::kHead || part.part == Part::kMtp) {
       PQ_ASSIGN_OR_RETURN(before, OutputsOf(Part::kText));
-      PQ_ASSIGN_OR_RETURN(head, model_.LoadHead(Part::kText, options_.compute));
     } else if (part.part == Part::kText && sequences_.Range(Part::kVision).count() > 0) {
       PQ_ASSIGN_OR_RETURN(before, OutputsOf(Part::kVision));
     }
@@ -138,7 +136,7 @@ class Renderer {
       } else if (part.part == Part::kVision) {
         PQ_ASSIGN_OR_RETURN(hidden, sequences_.PatchEmbeddings(n));
       } else if (part.part == Part::kMtp) {
-        PQ_ASSIGN_OR_RETURN(hidden, sequences_.MtpInput(n, *head, before->of(n)));
+        PQ_ASSIGN_OR_RETURN(hidden, sequences_.MtpInput(n, before->of(n)));
       } else {
         PQ_ASSIGN_OR_RETURN(hidden,
                             sequences_.Embeddings(n, has_before ? before->of(n) : at::Tensor()));

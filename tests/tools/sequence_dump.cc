@@ -35,11 +35,11 @@ Status DumpMtp(const Model& model, const Calibration& data, const Sequences& seq
   const int layer = model.FindPart(Part::kMtp)->first;
   PQ_ASSIGN_OR_RETURN(const auto block, model.LoadLayer(layer, compute));
   PQ_ASSIGN_OR_RETURN(const auto linears, QuantizedLinears::Load(model, layer, compute));
-  PQ_ASSIGN_OR_RETURN(const auto body_head, LoadStoredHead(model, Part::kText, compute));
-  PQ_ASSIGN_OR_RETURN(const auto head, LoadStoredHead(model, Part::kMtp, compute));
+  PQ_ASSIGN_OR_RETURN(const auto projection, LoadStoredProjection(model, compute));
+  PQ_ASSIGN_OR_RETURN(const auto head, model.LoadHead(Part::kMtp, compute, projection));
   for (int64_t n = 0; n < data.text.count(); ++n) {
     PQ_ASSIGN_OR_RETURN(const at::Tensor input,
-                        sequences.MtpInput(n, *body_head, outputs.hidden[static_cast<size_t>(n)]));
+                        sequences.MtpInput(n, outputs.hidden[static_cast<size_t>(n)]));
     const at::Tensor y = RunLayer(*block, sequences.Context(Part::kMtp, n), input, *linears);
     out[fmt::format("text.{}.mtp_logits", n)] = head->Logits(y)[0];
   }
@@ -61,7 +61,8 @@ Status Dump(const std::vector<std::string>& arguments) {
   PQ_ASSIGN_OR_RETURN(const Sequences sequences, Sequences::Make(*model, data, compute));
   PQ_ASSIGN_OR_RETURN(const BodyOutputs outputs,
                       RunBody(*model, data, sequences, compute, "forward"));
-  PQ_ASSIGN_OR_RETURN(const auto head, LoadStoredHead(*model, Part::kText, compute));
+  PQ_ASSIGN_OR_RETURN(const auto projection, LoadStoredProjection(*model, compute));
+  PQ_ASSIGN_OR_RETURN(const auto head, model->LoadHead(Part::kText, compute, projection));
   NamedTensors out;
   for (int64_t n = 0; n < data.count(); ++n) {
     const at::Tensor logits = head->Logits(outputs.hidden[static_cast<size_t>(n)])[0];
