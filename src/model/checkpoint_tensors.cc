@@ -29,6 +29,22 @@ Status RequireFinite(const Checkpoint& checkpoint, const std::string& name,
                                           checkpoint.folder().string(), name, bad));
 }
 
+Status RequireShape(const Checkpoint& checkpoint, const std::string& name,
+                    const std::vector<int64_t>& shape) {
+  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint.Get(name));
+  if (view.shape != shape) {
+    return Status::InvalidInput(fmt::format(
+        "{}: tensor {} has shape [{}], expected [{}] by config.json", checkpoint.folder().string(),
+        name, fmt::join(view.shape, ", "), fmt::join(shape, ", ")));
+  }
+  if (view.dtype != DType::kBF16 && view.dtype != DType::kF16 && view.dtype != DType::kF32) {
+    return Status::InvalidInput(fmt::format("{}: tensor {} is {}, expected BF16, F16 or F32",
+                                            checkpoint.folder().string(), name,
+                                            DTypeName(view.dtype)));
+  }
+  return {};
+}
+
 Result<at::Tensor> Map(const Checkpoint& checkpoint, const std::string& name) {
   PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint.Get(name));
   const at::Tensor tensor = TensorFromView(view);

@@ -5,7 +5,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "base/status.h"
 #include "io/checkpoint.h"
@@ -16,6 +18,10 @@ namespace prismaquant::checkpoint_tensors {
 // or infinite.
 Status RequireFinite(const Checkpoint& checkpoint, const std::string& name,
                      const at::Tensor& values);
+// kInvalidInput, naming folder, tensor, found and expected, unless the tensor is there in this
+// shape and in BF16, F16 or F32.
+Status RequireShape(const Checkpoint& checkpoint, const std::string& name,
+                    const std::vector<int64_t>& shape);
 // As stored, mapped without copying: valid as long as the checkpoint.
 Result<at::Tensor> Map(const Checkpoint& checkpoint, const std::string& name);
 // Converted; a copy of its own.

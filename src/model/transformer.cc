@@ -15,10 +15,6 @@ namespace {
 constexpr char kHead[] = "lm_head";
 constexpr char kMtpJoin[] = "mtp.fc";
 
-std::string ShapeText(const std::vector<int64_t>& shape) {
-  return fmt::format("[{}]", fmt::join(shape, ", "));
-}
-
 // Names of a layer's norms, relative to the layer; null where it has none.
 struct NormNames {
   const char *mixer_input, *mixer_output, *mlp_input, *mlp_output;
@@ -201,38 +197,27 @@ std::vector<ParameterShape> TransformerModel::LayerParameters(int layer) const {
   return parameters;
 }
 
-Status TransformerModel::CheckShape(const std::string& tensor,
-                                    const std::vector<int64_t>& shape) const {
-  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(tensor));
-  if (view.shape != shape) {
-    return Status::InvalidInput(fmt::format(
-        "{}: tensor {} has shape {}, expected {} by config.json", checkpoint_->folder().string(),
-        tensor, ShapeText(view.shape), ShapeText(shape)));
-  }
-  if (view.dtype != DType::kBF16 && view.dtype != DType::kF16 && view.dtype != DType::kF32) {
-    return Status::InvalidInput(fmt::format("{}: tensor {} is {}, expected BF16, F16 or F32",
-                                            checkpoint_->folder().string(), tensor,
-                                            DTypeName(view.dtype)));
-  }
-  return {};
-}
-
 Status TransformerModel::CheckLinear(const LinearInfo& linear) const {
-  if (linear.has_bias) PQ_RETURN_IF_ERROR(CheckShape(linear.name + ".bias", {linear.out}));
+  if (linear.has_bias)
+    PQ_RETURN_IF_ERROR(
+        checkpoint_tensors::RequireShape(*checkpoint_, linear.name + ".bias", {linear.out}));
   if (!linear.packed.tensor.empty()) {
     const int64_t experts = config_.mixture->experts;
     const bool halves = linear.packed.tensor.ends_with("gate_up_proj");
-    return CheckShape(linear.packed.tensor,
-                      {experts, halves ? 2 * linear.out : linear.out, linear.in});
+    return checkpoint_tensors::RequireShape(
+        *checkpoint_, linear.packed.tensor,
+        {experts, halves ? 2 * linear.out : linear.out, linear.in});
   }
   return IsQuantized(*checkpoint_, linear.name)
              ? Status()
-             : CheckShape(linear.name + ".weight", {linear.out, linear.in});
+             : checkpoint_tensors::RequireShape(*checkpoint_, linear.name + ".weight",
+                                                {linear.out, linear.in});
 }
 
 Status TransformerModel::CheckDecoderLayer(int layer) {
   for (const ParameterShape& parameter : LayerParameters(layer)) {
-    PQ_RETURN_IF_ERROR(CheckShape(LayerPrefix(layer) + parameter.name, parameter.shape));
+    PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireShape(
+        *checkpoint_, LayerPrefix(layer) + parameter.name, parameter.shape));
   }
   for (const std::vector<LinearInfo>& stage : LayerStages(layer)) {
     for (const LinearInfo& linear : stage) {
@@ -245,7 +230,8 @@ Status TransformerModel::CheckDecoderLayer(int layer) {
 
 Status TransformerModel::CheckMtp() {
   for (const char* name : {"norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"}) {
-    PQ_RETURN_IF_ERROR(CheckShape(fmt::format("mtp.{}.weight", name), {config_.hidden_size}));
+    PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireShape(
+        *checkpoint_, fmt::format("mtp.{}.weight", name), {config_.hidden_size}));
   }
   return CheckDecoderLayer(FindPart(Part::kMtp)->first);
 }
@@ -275,9 +261,11 @@ Status TransformerModel::Initialize(const Checkpoint& checkpoint, ModelConfig co
   config_ = std::move(config);
   profile_ = &profile;
   PQ_RETURN_IF_ERROR(FindParts());
-  PQ_RETURN_IF_ERROR(CheckShape(config_.body_prefix + "embed_tokens.weight",
-                                {config_.vocab_size, config_.hidden_size}));
-  PQ_RETURN_IF_ERROR(CheckShape(config_.body_prefix + "norm.weight", {config_.hidden_size}));
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireShape(*checkpoint_,
+                                                      config_.body_prefix + "embed_tokens.weight",
+                                                      {config_.vocab_size, config_.hidden_size}));
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireShape(
+      *checkpoint_, config_.body_prefix + "norm.weight", {config_.hidden_size}));
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     PQ_RETURN_IF_ERROR(CheckDecoderLayer(layer));
   }

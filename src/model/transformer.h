@@ -74,7 +74,6 @@ class TransformerModel : public Model {
   Result<SkeletonParts> LoadSkeleton(int layer, const ComputeOptions& options) const;
   Result<HeadNorm> LoadFinalNorm(Part part, const ComputeOptions& options) const;
   Status CheckLinear(const LinearInfo& linear) const;
-  Status CheckShape(const std::string& tensor, const std::vector<int64_t>& shape) const;
 };
 
 std::unique_ptr<TransformerModel> MakeGemma3();

@@ -97,42 +97,33 @@ std::vector<std::vector<LinearInfo>> VisionTower::BlockStages(int index) const {
 
 Status VisionTower::CheckTensors() const {
   const int64_t h = config_.hidden_size, side = config_.patch_size;
-  PQ_RETURN_IF_ERROR(
-      CheckShape(kPatchWeight, {h, config_.in_channels, config_.temporal_patch_size, side, side}));
-  PQ_RETURN_IF_ERROR(CheckShape(kPatchBias, {h}));
-  PQ_RETURN_IF_ERROR(CheckShape(kPositionTable, {config_.table_side * config_.table_side, h}));
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireShape(
+      *checkpoint_, kPatchWeight,
+      {h, config_.in_channels, config_.temporal_patch_size, side, side}));
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireShape(*checkpoint_, kPatchBias, {h}));
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireShape(
+      *checkpoint_, kPositionTable, {config_.table_side * config_.table_side, h}));
   for (int index = 0; index < num_blocks(); ++index) {
     const bool merger = index == config_.depth;
     for (const char* norm : {"norm1", "norm2", "norm"}) {
       if (merger != (norm == std::string_view("norm"))) continue;
       for (const char* part : {"weight", "bias"}) {
-        PQ_RETURN_IF_ERROR(CheckShape(fmt::format("{}{}.{}", BlockPrefix(index), norm, part), {h}));
+        PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireShape(
+            *checkpoint_, fmt::format("{}{}.{}", BlockPrefix(index), norm, part), {h}));
       }
     }
   }
   return {};
 }
 
-Status VisionTower::CheckShape(const std::string& tensor, const std::vector<int64_t>& shape) const {
-  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(tensor));
-  if (view.shape != shape) {
-    return Status::InvalidInput(fmt::format(
-        "{}: tensor {} has shape {}, expected {} by config.json", checkpoint_->folder().string(),
-        tensor, ShapeText(view.shape), ShapeText(shape)));
-  }
-  if (view.dtype != DType::kBF16 && view.dtype != DType::kF16 && view.dtype != DType::kF32) {
-    return Status::InvalidInput(fmt::format("{}: tensor {} is {}, expected BF16, F16 or F32",
-                                            checkpoint_->folder().string(), tensor,
-                                            DTypeName(view.dtype)));
-  }
-  return {};
-}
-
 Status VisionTower::CheckLinear(const LinearInfo& linear) const {
-  PQ_RETURN_IF_ERROR(CheckShape(linear.name + ".bias", {linear.out}));
+  PQ_RETURN_IF_ERROR(
+      checkpoint_tensors::RequireShape(*checkpoint_, linear.name + ".bias", {linear.out}));
   const bool quantized = checkpoint_->Find(linear.name + ".weight_packed") != nullptr ||
                          checkpoint_->Find(linear.name + ".weight_scale") != nullptr;
-  return quantized ? Status() : CheckShape(linear.name + ".weight", {linear.out, linear.in});
+  return quantized ? Status()
+                   : checkpoint_tensors::RequireShape(*checkpoint_, linear.name + ".weight",
+                                                      {linear.out, linear.in});
 }
 
 Result<at::Tensor> VisionTower::Parameter(const std::string& name,

@@ -67,7 +67,6 @@ class VisionTower {
   std::vector<std::vector<LinearInfo>> BlockStages(int index) const;
   Status CheckTensors() const;
   Status CheckLinear(const LinearInfo& linear) const;
-  Status CheckShape(const std::string& tensor, const std::vector<int64_t>& shape) const;
   Result<at::Tensor> Parameter(const std::string& name, const ComputeOptions& options) const;
 
   const Checkpoint* checkpoint_;

@@ -15,16 +15,11 @@
 #include <utility>
 #include <vector>
 
-#include "formats/format.h"
-#include "formats/tensor_bytes.h"
-#include "formats/torch_guard.h"
-#include "io/safetensors.h"
+#include "dump_file.h"
 #include "model/plain_linears.h"
 
 namespace prismaquant {
 namespace {
-
-using NamedTensors = std::map<std::string, at::Tensor>;
 
 // Keeps inputs and outputs of the Linears it runs.
 class RecordingLinears : public LinearRunner {
@@ -56,34 +51,10 @@ Result<at::Tensor> ReadIds(const std::string& path) {
   return at::stack(rows);
 }
 
-Result<at::ScalarType> ParseComputeType(const std::string& name) {
-  if (name == "float32") return at::kFloat;
-  if (name == "bfloat16") return at::kBFloat16;
-  if (name == "float64") return at::kDouble;
-  return Status::InvalidInput(
-      fmt::format("dtype {} is not known, expected float32, bfloat16 or float64", name));
-}
-
-Status Write(const std::string& path, NamedTensors tensors) {
-  std::vector<TensorSpec> specs;
-  for (auto& [name, tensor] : tensors) {
-    tensor = tensor.detach().contiguous();
-    specs.push_back({name, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()});
-  }
-  PQ_ASSIGN_OR_RETURN(SafetensorsWriter writer,
-                      SafetensorsWriter::Create(FileSystem::Default(), path, specs, {}));
-  for (const auto& [name, tensor] : tensors) {
-    PQ_RETURN_IF_ERROR(writer.Append(TensorBytes(tensor)));
-  }
-  return writer.Close();
-}
-
 Status AddGradients(const std::string& path, const at::Tensor& logits, const at::Tensor& embedded,
                     const std::vector<RecordingLinears::Record>& records, NamedTensors& out) {
-  PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, SafetensorsFile::Open(path));
-  const TensorView* direction = file.Find("direction");
-  if (direction == nullptr) return Status::InvalidInput(path + ": no tensor direction");
-  (logits * TensorFromView(*direction).to(logits.scalar_type())).sum().backward();
+  PQ_ASSIGN_OR_RETURN(const at::Tensor direction, ReadDirection(path));
+  (logits * direction.to(logits.scalar_type())).sum().backward();
   out["embeddings.grad"] = embedded.grad();
   for (const RecordingLinears::Record& record : records) {
     out[record.name + ".g"] = record.y.grad();
@@ -101,7 +72,7 @@ Status Dump(const std::vector<std::string>& arguments) {
   NamedTensors out;
   if (arguments.size() == 4) {
     PQ_ASSIGN_OR_RETURN(out["logits"], ForwardLogits(*model, ids, options));
-    return Write(arguments[3], std::move(out));
+    return WriteDump(arguments[3], std::move(out));
   }
   const SequenceContext context = model->Context(ids.size(1), options);
   PQ_ASSIGN_OR_RETURN(const at::Tensor embedded, model->Embed(ids, options));
@@ -118,7 +89,7 @@ Status Dump(const std::vector<std::string>& arguments) {
   out["logits"] = head->Logits(hidden);
   PQ_RETURN_IF_ERROR(AddGradients(arguments[4], out["logits"], embedded, records, out));
   for (const RecordingLinears::Record& record : records) out[record.name + ".x"] = record.x;
-  return Write(arguments[3], std::move(out));
+  return WriteDump(arguments[3], std::move(out));
 }
 
 }  // namespace
@@ -130,8 +101,5 @@ int main(int argc, char** argv) {
     std::fputs("usage: model_dump CHECKPOINT IDS.json DTYPE OUT [DIRECTION]\n", stderr);
     return 2;
   }
-  const prismaquant::Status status =
-      prismaquant::GuardTorch("model_dump", [&] { return prismaquant::Dump(arguments); });
-  if (!status.ok()) std::fprintf(stderr, "%s\n", status.message().c_str());
-  return status.exit_code();
+  return prismaquant::RunDump("model_dump", [&] { return prismaquant::Dump(arguments); });
 }
