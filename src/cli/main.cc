@@ -13,14 +13,15 @@
 namespace {
 
 constexpr int kBadUsage = 2;
-constexpr char kWaitPolicy[] = "OMP_WAIT_POLICY";
-
-// OpenMP's threads spin while they wait for each other. On a machine with other work that takes the
-// processor from the very threads they wait for, and a run becomes several times slower. The policy
-// is read before main, so the program starts itself once more; where it cannot, it goes on as it
+// OpenMP's threads spin while they wait for each other, by default for so long that on a machine
+// with other work they take the processor from the very threads they wait for, and a run becomes
+// several times slower. A thousand turns are enough for the waits of an idle machine. The variables
+// are read before main, so the program starts itself once more; where it cannot, it goes on as it
 // is.
 void WaitWithoutSpinning(char** argv) {
-  if (std::getenv(kWaitPolicy) != nullptr || setenv(kWaitPolicy, "passive", 1) != 0) return;
+  constexpr char kPolicy[] = "OMP_WAIT_POLICY", kSpins[] = "GOMP_SPINCOUNT";
+  if (std::getenv(kPolicy) != nullptr || std::getenv(kSpins) != nullptr) return;
+  if (setenv(kPolicy, "passive", 1) != 0 || setenv(kSpins, "1000", 1) != 0) return;
   execv("/proc/self/exe", argv);
 }
 
