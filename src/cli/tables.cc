@@ -77,17 +77,15 @@ Status PrintHeadCosts(Session& session) {
     fmt::print("lm_head: tied to the embeddings, stays whole\n");
     return {};
   }
-  PQ_ASSIGN_OR_RETURN(const auto costs, session.store().Costs());
-  const auto head = costs.find("lm_head");
-  if (head == costs.end()) return {};
+  PQ_ASSIGN_OR_RETURN(const auto losses, LinearLosses(session.model(), session.store(),
+                                                      session.loss_tokens(), "lm_head"));
+  if (losses.empty()) return {};
   std::string text;
   for (const Format* format : AllFormats()) {
-    const std::string name(format->name());
-    if (format == &SourceFormat() || head->second.count(name) == 0) continue;
-    PQ_ASSIGN_OR_RETURN(
-        const PartLosses losses,
-        JointLoss(session.model(), session.store(), session.loss_tokens(), {{"lm_head", name}}));
-    text += fmt::format("{}{} {:.5f}", text.empty() ? "" : ", ", name, losses.text);
+    const auto found = losses.find(std::string(format->name()));
+    if (format == &SourceFormat() || found == losses.end()) continue;
+    text +=
+        fmt::format("{}{} {:.5f}", text.empty() ? "" : ", ", format->name(), found->second.text);
   }
   fmt::print("lm_head would cost, in nats per token: {}\n", text);
   return {};

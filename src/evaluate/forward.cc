@@ -50,7 +50,7 @@ Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const S
   std::vector<at::Tensor> images;
   const SequenceRange captions = sequences.Range(Part::kVision);
   for (int64_t n = captions.first; n < captions.end; ++n) {
-    PQ_ASSIGN_OR_RETURN(at::Tensor patches, sequences.PatchEmbeddings(n));
+    PQ_ASSIGN_OR_RETURN(at::Tensor patches, sequences.Input(Part::kVision, n, {}));
     images.push_back(std::move(patches));
   }
   if (!images.empty()) {
@@ -61,7 +61,7 @@ Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const S
   for (int64_t n = 0; n < data.count(); ++n) {
     const at::Tensor image =
         data.IsCaption(n) ? images[static_cast<size_t>(n - captions.first)] : at::Tensor();
-    PQ_ASSIGN_OR_RETURN(at::Tensor embedded, sequences.Embeddings(n, image));
+    PQ_ASSIGN_OR_RETURN(at::Tensor embedded, sequences.Input(Part::kText, n, image));
     outputs.hidden.push_back(std::move(embedded));
   }
   PQ_RETURN_IF_ERROR(RunPart(model, *model.FindPart(Part::kText), sequences, compute, title,

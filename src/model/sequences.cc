@@ -52,6 +52,26 @@ const SequenceContext& Sequences::Context(Part part, int64_t sequence) const {
   return part == Part::kVision ? images_[index] : captions_[index];
 }
 
+std::optional<Part> Sequences::Before(Part part) const {
+  if (part == Part::kMtp || part == Part::kHead) return Part::kText;
+  if (part == Part::kText && !calibration_->captions.empty()) return Part::kVision;
+  return std::nullopt;
+}
+
+Result<at::Tensor> Sequences::Input(Part part, int64_t sequence, const at::Tensor& before) const {
+  switch (part) {
+    case Part::kVision:
+      return PatchEmbeddings(sequence);
+    case Part::kText:
+      return Embeddings(sequence, before);
+    case Part::kMtp:
+      return MtpInput(sequence, before);
+    case Part::kHead:
+      break;
+  }
+  return before.clone();
+}
+
 at::Tensor Sequences::Ids(int64_t sequence) const {
   const std::vector<int32_t>& ids = calibration_->ids(sequence);
   return at::tensor(std::vector<int64_t>(ids.begin(), ids.end())).unsqueeze(0);

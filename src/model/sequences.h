@@ -10,6 +10,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "base/status.h"
@@ -35,22 +36,25 @@ class Sequences {
   // Of a sequence on its way through a part.
   const SequenceContext& Context(Part part, int64_t sequence) const;
 
-  // The inputs of the first layers.
-  // Vision: [1, patches, vision hidden size].
-  Result<at::Tensor> PatchEmbeddings(int64_t sequence) const;
-  // Body: [1, tokens, hidden_size]. `image`: the tower's output [1, image tokens, hidden_size], of
-  // captions only.
-  Result<at::Tensor> Embeddings(int64_t sequence, const at::Tensor& image) const;
+  // The part whose outputs a part's inputs are made from, if there is one.
+  std::optional<Part> Before(Part part) const;
+  // The input of a part's first layer, a tensor of its own: patch embeddings [1, patches, vision
+  // hidden size], embeddings [1, tokens, hidden_size], the body's output, or MtpInput. `before`:
+  // the sequence's output of that other part; undefined if it has none, as a text has no image.
+  Result<at::Tensor> Input(Part part, int64_t sequence, const at::Tensor& before) const;
   // MTP head: [1, tokens - 1, 2 hidden_size] from the body's output of a text window.
   Result<at::Tensor> MtpInput(int64_t sequence, const at::Tensor& hidden) const;
-  // The part of a gradient [1, tokens, hidden_size] at Embeddings that belongs to the image, [1,
-  // image tokens, hidden_size].
+  // The part of a gradient [1, tokens, hidden_size] at the body's input that belongs to the image,
+  // [1, image tokens, hidden_size].
   at::Tensor ImageRows(int64_t sequence, const at::Tensor& gradient) const;
 
  private:
   Sequences(const Model& model, const Calibration& calibration, const ComputeOptions& options)
       : model_(&model), calibration_(&calibration), options_(options) {}
   Status AddCaption(const CaptionSequence& caption);
+  Result<at::Tensor> PatchEmbeddings(int64_t sequence) const;
+  // `image`: the tower's output [1, image tokens, hidden_size], of captions only.
+  Result<at::Tensor> Embeddings(int64_t sequence, const at::Tensor& image) const;
   // Ids [1, tokens].
   at::Tensor Ids(int64_t sequence) const;
   // Where the image's tokens stand, int64.

@@ -27,6 +27,10 @@ class StoredSequences {
   const at::Tensor& of(int64_t sequence) const {
     return tensors_[static_cast<size_t>(sequence - first_)];
   }
+  // Undefined if the sequence has none.
+  at::Tensor Find(int64_t sequence) const {
+    return sequence >= first_ && sequence < first_ + count() ? of(sequence) : at::Tensor();
+  }
   int64_t first() const { return first_; }
   int64_t count() const { return static_cast<int64_t>(tensors_.size()); }
 

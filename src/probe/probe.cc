@@ -101,26 +101,16 @@ class ProbePass {
   // The inputs of a part's first layer.
   Status PutInputs(const PartLayers& part) {
     const SequenceRange range = sequences_.Range(part.part);
-    std::vector<at::Tensor> inputs;
     std::optional<StoredSequences> before;
-    const PartLayers* vision = model_.FindPart(Part::kVision);
-    if (part.part == Part::kText && !calibration_.captions.empty()) {
-      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, HiddenBlob(*vision, vision->end)));
+    if (const std::optional<Part> source = sequences_.Before(part.part)) {
+      const PartLayers& layers = *model_.FindPart(*source);
+      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, HiddenBlob(layers, layers.end)));
     }
-    if (part.part == Part::kMtp) {
-      const PartLayers& body = *model_.FindPart(Part::kText);
-      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, HiddenBlob(body, body.end)));
-    }
+    std::vector<at::Tensor> inputs;
     for (int64_t n = range.first; n < range.end; ++n) {
-      at::Tensor& input = inputs.emplace_back();
-      if (part.part == Part::kVision) {
-        PQ_ASSIGN_OR_RETURN(input, sequences_.PatchEmbeddings(n));
-      } else if (part.part == Part::kMtp) {
-        PQ_ASSIGN_OR_RETURN(input, sequences_.MtpInput(n, before->of(n)));
-      } else {
-        const at::Tensor image = calibration_.IsCaption(n) ? before->of(n) : at::Tensor();
-        PQ_ASSIGN_OR_RETURN(input, sequences_.Embeddings(n, image));
-      }
+      PQ_ASSIGN_OR_RETURN(at::Tensor input,
+                          sequences_.Input(part.part, n, before ? before->Find(n) : at::Tensor()));
+      inputs.push_back(std::move(input));
     }
     return PutSequences(store_, HiddenBlob(part, part.first), range.first, inputs);
   }

@@ -190,6 +190,21 @@ Result<PartLosses> JointLoss(const Model& model, RunStore& store, const LossToke
   return DirectionalLosses(costs, choices, PartsByName(model), tokens);
 }
 
+Result<std::map<std::string, PartLosses>> LinearLosses(const Model& model, RunStore& store,
+                                                       const LossTokens& tokens,
+                                                       const std::string& linear) {
+  PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
+  const auto parts = PartsByName(model);
+  std::map<std::string, PartLosses> losses;
+  const auto row = costs.find(linear);
+  if (row == costs.end()) return losses;
+  for (const auto& [format, cost] : row->second) {
+    PQ_ASSIGN_OR_RETURN(losses[format],
+                        DirectionalLosses(costs, {{linear, format}}, parts, tokens));
+  }
+  return losses;
+}
+
 Result<Json> ProbeToJson(const Model& model, RunStore& store, const LossTokens& tokens) {
   PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
   PQ_ASSIGN_OR_RETURN(const auto stats, StatsByName(store));

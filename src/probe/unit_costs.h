@@ -57,6 +57,11 @@ std::vector<UnitCosts> UnitsWithoutCosts(const Model& model, const UnitRules& ru
 Result<PartLosses> JointLoss(const Model& model, RunStore& store, const LossTokens& tokens,
                              const std::map<std::string, std::string>& choices);
 
+// Format -> losses of one Linear in it, for every format that the store prices.
+Result<std::map<std::string, PartLosses>> LinearLosses(const Model& model, RunStore& store,
+                                                       const LossTokens& tokens,
+                                                       const std::string& linear);
+
 // The JSON of the probe command (docs/commands.md).
 Result<Json> ProbeToJson(const Model& model, RunStore& store, const LossTokens& tokens);
 

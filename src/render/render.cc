@@ -110,11 +110,6 @@ class Renderer {
     return {};
   }
 
-  Result<StoredSequences> OutputsOf(Part part) const {
-    const PartLayers& layers = *model_.FindPart(part);
-    return StoredSequences::Open(store_, StateBlob(key_, layers, layers.end));
-  }
-
   // The inputs of a layer, one per sequence of the part.
   Result<std::vector<LayerState>> LayerInputs(const PartLayers& part, int layer) {
     const SequenceRange range = sequences_.Range(part.part);
@@ -122,24 +117,19 @@ class Renderer {
     std::optional<StoredSequences> before;
     if (!first) {
       PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, StateBlob(key_, part, layer)));
-    } else if (part.part == Part::kHead || part.part == Part::kMtp) {
-      PQ_ASSIGN_OR_RETURN(before, OutputsOf(Part::kText));
-    } else if (part.part == Part::kText && sequences_.Range(Part::kVision).count() > 0) {
-      PQ_ASSIGN_OR_RETURN(before, OutputsOf(Part::kVision));
+    } else if (const std::optional<Part> source = sequences_.Before(part.part)) {
+      const PartLayers& layers = *model_.FindPart(*source);
+      PQ_ASSIGN_OR_RETURN(before,
+                          StoredSequences::Open(store_, StateBlob(key_, layers, layers.end)));
     }
     std::vector<LayerState> states(static_cast<size_t>(range.count()));
     for (int64_t n = range.first; n < range.end; ++n) {
       at::Tensor& hidden = states[static_cast<size_t>(n - range.first)].hidden;
-      const bool has_before = before && n >= before->first();
-      if (!first || part.part == Part::kHead) {
-        hidden = before->of(n).clone();
-      } else if (part.part == Part::kVision) {
-        PQ_ASSIGN_OR_RETURN(hidden, sequences_.PatchEmbeddings(n));
-      } else if (part.part == Part::kMtp) {
-        PQ_ASSIGN_OR_RETURN(hidden, sequences_.MtpInput(n, before->of(n)));
+      const at::Tensor stored = before ? before->Find(n) : at::Tensor();
+      if (first) {
+        PQ_ASSIGN_OR_RETURN(hidden, sequences_.Input(part.part, n, stored));
       } else {
-        PQ_ASSIGN_OR_RETURN(hidden,
-                            sequences_.Embeddings(n, has_before ? before->of(n) : at::Tensor()));
+        hidden = stored.clone();
       }
     }
     return states;
@@ -191,29 +181,24 @@ class Renderer {
     return CommitLayer(part, layer, rendered, states);
   }
 
-  // Largest |w| per scale group of the stage.
-  Result<std::map<std::string, double>> WeightMaxima(const std::vector<LinearInfo>& stage) {
-    std::map<std::string, double> maxima;
-    for (const LinearInfo& linear : stage) {
-      PQ_ASSIGN_OR_RETURN(const at::Tensor weight, model_.LoadWeight(linear));
-      double& amax = maxima[linear.scale_group];
-      amax = std::max(amax, weight.abs().max().to(at::kDouble).item<double>());
-    }
-    return maxima;
-  }
-
   Status RenderStage(const std::vector<LinearInfo>& stage, StageInputs& inputs, Rendered& rendered,
                      std::vector<std::vector<at::Tensor>>& outputs) {
-    PQ_ASSIGN_OR_RETURN(const auto maxima, WeightMaxima(stage));
+    std::vector<at::Tensor> stored;        // weights, mapped
+    std::map<std::string, double> maxima;  // largest |w| per scale group
+    for (const LinearInfo& linear : stage) {
+      PQ_ASSIGN_OR_RETURN(at::Tensor weight, model_.LoadWeight(linear));
+      double& amax = maxima[linear.scale_group];
+      amax = std::max(amax, weight.abs().max().to(at::kDouble).item<double>());
+      stored.push_back(std::move(weight));
+    }
     for (size_t i = 0; i < stage.size(); ++i) {
       const LinearInfo& linear = stage[i];
       const Format& format = *formats_.at(linear.name);
       const SharedScales scales{.weight_amax = maxima.at(linear.scale_group),
                                 .input_amax = inputs.GroupMaximum(linear.input_group)};
-      PQ_ASSIGN_OR_RETURN(const at::Tensor stored_weight, model_.LoadWeight(linear));
       PQ_ASSIGN_OR_RETURN(at::Tensor bias, model_.LoadBias(linear));
       if (bias.defined()) bias = bias.to(options_.compute.dtype);
-      at::Tensor weight = stored_weight.to(at::kFloat);
+      at::Tensor weight = stored[i].to(at::kFloat);
       InputSet& own = inputs.of(i);
       if (&format != &SourceFormat()) {
         PQ_ASSIGN_OR_RETURN(weight, RenderLinear(linear, format, weight, scales, own, rendered));
