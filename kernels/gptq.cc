@@ -85,12 +85,10 @@ void GptqBlockCpu(int64_t grid_number, const at::Tensor& weight, const at::Tenso
   const auto grid = static_cast<GptqGrid>(grid_number);
   CheckArguments(grid, weight, u, scale, codes, error, global_scale);
   const at::Tensor factor = u.contiguous();
-  const at::Tensor importance = factor.diagonal().square().reciprocal().contiguous();
   const int64_t out = weight.size(0), columns = weight.size(1);
   const int64_t groups = scale.size(1);
   const rows::GptqBlockView block{.columns = columns,
                                   .u = factor.const_data_ptr<float>(),
-                                  .importance = importance.const_data_ptr<float>(),
                                   .global_scale = static_cast<float>(global_scale),
                                   .stored_scale = StoredScaleOf(scale.scalar_type()),
                                   .choose_scales = choose_scales};

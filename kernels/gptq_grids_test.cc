@@ -76,18 +76,26 @@ struct Definition {
   }
 };
 
+// What rounding the group column by column under the scale would leave.
+float RolledError(const Definition& grid, std::vector<float> w, const float* u, int64_t first,
+                  float scale) {
+  float sum = 0;
+  for (size_t j = 0; j < w.size(); ++j) {
+    const float* row = u + (first + static_cast<int64_t>(j)) * kColumns + first;
+    const float spread = (w[j] - grid.Round(w[j] / scale) * scale) / row[j];
+    sum += spread * spread;
+    for (size_t k = j + 1; k < w.size(); ++k) w[k] -= spread * row[k];
+  }
+  return sum;
+}
+
 float BestScale(const Definition& grid, const float* w, const float* u, int64_t first,
                 bool choose) {
   float amax = 0;
   for (int64_t i = 0; i < grid.group; ++i) amax = std::fmax(amax, std::fabs(w[i]));
   float best = 0, least = std::numeric_limits<float>::infinity();
   for (const float scale : grid.Scales(amax, choose)) {
-    float sum = 0;
-    for (int64_t i = 0; i < grid.group; ++i) {
-      const float pivot = u[(first + i) * kColumns + first + i];
-      const float difference = grid.Round(w[i] / scale) * scale - w[i];
-      sum += difference * difference * (1 / (pivot * pivot));
-    }
+    const float sum = RolledError(grid, {w, w + grid.group}, u, first, scale);
     if (sum < least) {
       least = sum;
       best = scale;

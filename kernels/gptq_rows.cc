@@ -8,14 +8,17 @@
 namespace prismaquant::rows {
 namespace {
 
-// Group scales are searched among the E4M3 codes between these multiples of the one that maps the
-// largest magnitude to 6.
+// Group scales of E2M1 are searched among this many E4M3 codes, two octaves, from half of the one
+// that maps the largest magnitude to 6.
+constexpr int kE2M1Candidates = 16;
 constexpr float kSmallestMultiple = 0.5F;
-constexpr float kLargestMultiple = 2.0F;
+// Of MX formats: the codec's scale, half of it and twice it.
+constexpr int kE8M0Candidates = 3;
 // Scales of integers are searched in twentieths of the codec's, from 0.5 to 1.1.
 constexpr int kFirstIntStep = 10;
 constexpr int kLastIntStep = 22;
 constexpr float kIntStepsOfOne = 20;
+constexpr int kIntStepsOfOneCandidate = 10;  // the codec's own among them
 // The codec's scale for a group whose own rounds to zero.
 constexpr float kNvfp4ZeroScale = 0.125F;
 
@@ -45,79 +48,88 @@ struct Int {
   static PQ_INLINE uint8_t Encode(float value) { return EncodeInt<kBits>(value); }
 };
 
-template <typename Element, int64_t kGroup>
-PQ_INLINE float GroupError(const float* w, const float* importance, float scale) {
-  float sum = 0;
-  float errors[kGroup];
-  for (int64_t i = 0; i < kGroup; ++i) {
-    const float difference = Element::Round(w[i] / scale) * scale - w[i];
-    errors[i] = difference * difference * importance[i];
+// For each scale, the error that rounding the group column by column under it would leave,
+// sum_j ((q_j - w_j) / u_jj)^2 with w_j as compensated by then. Candidates lie side by side, so that
+// they are computed at once.
+template <typename Element, int64_t kGroup, int kCandidates>
+PQ_INLINE void GroupErrors(const GptqBlockView& block, int64_t begin, const float* w,
+                           const float* scales, float* errors) {
+  float remaining[kGroup][kCandidates];
+  float spread[kCandidates];
+  for (int64_t j = 0; j < kGroup; ++j) {
+    for (int c = 0; c < kCandidates; ++c) remaining[j][c] = w[j];
   }
-  for (int64_t i = 0; i < kGroup; ++i) sum += errors[i];
-  return sum;
+  for (int c = 0; c < kCandidates; ++c) errors[c] = 0;
+  for (int64_t j = 0; j < kGroup; ++j) {
+    const float* u = block.u + (begin + j) * block.columns + begin;
+    for (int c = 0; c < kCandidates; ++c) {
+      const float quantized = Element::Round(remaining[j][c] / scales[c]) * scales[c];
+      spread[c] = (remaining[j][c] - quantized) / u[j];
+      errors[c] += spread[c] * spread[c];
+    }
+    for (int64_t k = j + 1; k < kGroup; ++k) {
+      for (int c = 0; c < kCandidates; ++c) remaining[k][c] -= spread[c] * u[k];
+    }
+  }
 }
 
-// The E4M3 code of the group's scale: the codec's rule, or the code in the searched range with the
-// least weighted error.
-PQ_INLINE uint8_t ChooseE2M1Scale(const GptqBlockView& block, int64_t begin, const float* w) {
-  const float largest = LargestMagnitude(w, kNvfp4GroupSize);
-  const float ideal = block.global_scale * (largest / kE2M1Max);
-  uint8_t best = EncodeE4M3(RoundToE4M3(ideal));
-  if (best == 0) best = EncodeE4M3(kNvfp4ZeroScale);
-  if (!block.choose_scales || largest == 0) return best;
-  const uint8_t first = std::max<uint8_t>(1, EncodeE4M3(RoundToE4M3(ideal * kSmallestMultiple)));
-  const uint8_t last = std::max<uint8_t>(first, EncodeE4M3(RoundToE4M3(ideal * kLargestMultiple)));
-  float least = GroupError<E2M1, kNvfp4GroupSize>(w, block.importance + begin,
-                                                  DecodeE4M3(best) / block.global_scale);
-  for (int code = first; code <= last; ++code) {
-    const float error = GroupError<E2M1, kNvfp4GroupSize>(
-        w, block.importance + begin, DecodeE4M3(static_cast<uint8_t>(code)) / block.global_scale);
-    if (error < least) {
-      least = error;
-      best = static_cast<uint8_t>(code);
-    }
+// The candidate with the least error; of equals `preferred`, else the first.
+PQ_INLINE int Best(const float* errors, int count, int preferred) {
+  int best = preferred;
+  for (int c = 0; c < count; ++c) {
+    if (errors[c] < errors[best]) best = c;
   }
   return best;
 }
 
-// The E8M0 code of the group's scale: the codec's, or one of its neighbours with less weighted
-// error.
+// The E4M3 code of the group's scale: the codec's rule, or the code in the searched range with the
+// least error.
+PQ_INLINE uint8_t ChooseE2M1Scale(const GptqBlockView& block, int64_t begin, const float* w) {
+  const float largest = LargestMagnitude(w, kNvfp4GroupSize);
+  const float ideal = block.global_scale * (largest / kE2M1Max);
+  int rule = EncodeE4M3(RoundToE4M3(ideal));
+  if (rule == 0) rule = EncodeE4M3(kNvfp4ZeroScale);
+  if (!block.choose_scales || largest == 0) return static_cast<uint8_t>(rule);
+  const int first = std::max<int>(1, EncodeE4M3(RoundToE4M3(ideal * kSmallestMultiple)));
+  uint8_t codes[kE2M1Candidates];
+  float scales[kE2M1Candidates], errors[kE2M1Candidates];
+  for (int c = 0; c < kE2M1Candidates; ++c) {
+    codes[c] = static_cast<uint8_t>(std::min<int>(first + c, kE4M3LargestCode));
+    scales[c] = DecodeE4M3(codes[c]) / block.global_scale;
+  }
+  GroupErrors<E2M1, kNvfp4GroupSize, kE2M1Candidates>(block, begin, w, scales, errors);
+  const int preferred = std::clamp(rule - first, 0, kE2M1Candidates - 1);
+  return codes[Best(errors, kE2M1Candidates, preferred)];
+}
+
+// The E8M0 code of the group's scale: the codec's, or one of its neighbours with less error.
 template <typename Element>
 PQ_INLINE uint8_t ChooseE8M0Scale(const GptqBlockView& block, int64_t begin, const float* w) {
   const int rule = Element::MxScale(LargestMagnitude(w, kMxGroupSize));
   if (!block.choose_scales || rule <= 1 || rule >= 253) return static_cast<uint8_t>(rule);
-  int best = rule;
-  float least = GroupError<Element, kMxGroupSize>(w, block.importance + begin,
-                                                  DecodeE8M0(static_cast<uint8_t>(rule)));
-  for (const int code : {rule - 1, rule + 1}) {
-    const float error = GroupError<Element, kMxGroupSize>(w, block.importance + begin,
-                                                          DecodeE8M0(static_cast<uint8_t>(code)));
-    if (error < least) {
-      least = error;
-      best = code;
-    }
+  float scales[kE8M0Candidates], errors[kE8M0Candidates];
+  for (int c = 0; c < kE8M0Candidates; ++c) {
+    scales[c] = DecodeE8M0(static_cast<uint8_t>(rule + c - 1));
   }
-  return static_cast<uint8_t>(best);
+  GroupErrors<Element, kMxGroupSize, kE8M0Candidates>(block, begin, w, scales, errors);
+  return static_cast<uint8_t>(rule + Best(errors, kE8M0Candidates, 1) - 1);
 }
 
 // The group's scale as stored: the codec's, or the multiple of it in the searched range with the
-// least weighted error.
+// least error.
 template <int kBits>
 PQ_INLINE float ChooseIntScale(const GptqBlockView& block, int64_t begin, const float* w) {
+  constexpr int kCandidates = kLastIntStep - kFirstIntStep + 1;
   const float largest = LargestMagnitude(w, kIntGroupSize);
   const float ideal = largest / IntHalfRange(kBits);
-  float best = block.stored_scale(ideal);
-  if (!block.choose_scales || largest == 0) return best;
-  float least = GroupError<Int<kBits>, kIntGroupSize>(w, block.importance + begin, best);
-  for (int step = kFirstIntStep; step <= kLastIntStep; ++step) {
-    const float scale = block.stored_scale(ideal * (static_cast<float>(step) / kIntStepsOfOne));
-    const float error = GroupError<Int<kBits>, kIntGroupSize>(w, block.importance + begin, scale);
-    if (error < least) {
-      least = error;
-      best = scale;
-    }
+  if (!block.choose_scales || largest == 0) return block.stored_scale(ideal);
+  float scales[kCandidates], errors[kCandidates];
+  for (int c = 0; c < kCandidates; ++c) {
+    scales[c] =
+        block.stored_scale(ideal * (static_cast<float>(kFirstIntStep + c) / kIntStepsOfOne));
   }
-  return best;
+  GroupErrors<Int<kBits>, kIntGroupSize, kCandidates>(block, begin, w, scales, errors);
+  return scales[Best(errors, kCandidates, kIntStepsOfOneCandidate)];
 }
 
 template <typename Element>

@@ -12,7 +12,6 @@ namespace prismaquant::rows {
 struct GptqBlockView {
   int64_t columns = 0;
   const float* u = nullptr;           // [columns, columns], row-major
-  const float* importance = nullptr;  // 1 / u_jj^2 [columns]: what an error in column j costs
   float global_scale = 1;
   float (*stored_scale)(float) = nullptr;  // INT4, INT8: a scale as its dtype holds it
   bool choose_scales = true;

@@ -32,6 +32,7 @@ inline constexpr int64_t kNvfp4GroupSize = 16;
 inline constexpr int64_t kMxGroupSize = 32;
 inline constexpr float kE2M1Max = 6.0F;
 inline constexpr float kE4M3Max = 448.0F;
+inline constexpr int kE4M3LargestCode = 0x7E;  // of 448
 inline constexpr int32_t kSmallestE4M3NormalBits = 0x3c800000;  // of 2^-6
 inline constexpr int32_t kHalfBits = 0x3f000000;                // of 0.5
 inline constexpr int32_t kQuietNanBits = 0x7fc00000;

@@ -32,10 +32,13 @@ constexpr int64_t kFewestTokens = 32;
 std::string LayerBlob(const std::string& key, int layer) {
   return fmt::format("render/{}/layer-{}", key, layer);
 }
+// The two ways through the model: as it is being quantized, and as it was.
+enum class Stream { kQuantized, kSource };
 // The hidden states before `layer` of a part, or, if it is the part's end, after its last one.
-std::string StateBlob(const std::string& key, const PartLayers& part, int layer) {
-  return fmt::format("render/{}/hidden-{}-{}", key, static_cast<int>(part.part),
-                     layer - part.first);
+std::string StateBlob(const std::string& key, Stream stream, const PartLayers& part, int layer) {
+  return fmt::format("render/{}/{}-{}-{}", key,
+                     stream == Stream::kQuantized ? "hidden" : "source",
+                     static_cast<int>(part.part), layer - part.first);
 }
 std::string StageName(const std::string& key) { return "render/" + key; }
 const char* PartTitle(Part part) {
@@ -75,9 +78,7 @@ class Renderer {
     for (const Part part : {Part::kHead, Part::kMtp}) {
       if (IsQuantized(part)) PQ_RETURN_IF_ERROR(RunPart(part));
     }
-    for (const PartLayers& part : model_.parts()) {
-      PQ_RETURN_IF_ERROR(store_.RemoveBlob(StateBlob(key_, part, part.end)));
-    }
+    for (const PartLayers& part : model_.parts()) PQ_RETURN_IF_ERROR(RemoveStates(part, part.end));
     return {};
   }
 
@@ -85,6 +86,27 @@ class Renderer {
   struct Rendered {
     std::map<std::string, StoredTensors> tensors;
     Json report = Json::object();
+  };
+  // Per sequence of a part; the source's empty if it is not followed.
+  struct Streams {
+    std::vector<LayerState> quantized, source;
+  };
+  // One stage of all sequences: per sequence, per Linear. The source's empty if it is not followed.
+  struct StageRun {
+    const std::vector<LinearInfo>& linears;
+    StageInputs inputs;
+    std::vector<std::vector<at::Tensor>> source_inputs;
+    std::vector<std::vector<at::Tensor>> outputs, source_outputs;
+  };
+  // One Linear that is being rounded.
+  struct Job {
+    const LinearInfo& linear;
+    const Format& format;
+    at::Tensor weight;   // float32
+    at::Tensor product;  // the same in the dtype of products
+    const SharedScales& scales;
+    InputSet& inputs;
+    std::vector<at::Tensor> source_inputs = {};  // per sequence; empty without a counterpart
   };
 
   bool IsQuantized(Part part) const {
@@ -110,17 +132,26 @@ class Renderer {
     return {};
   }
 
+  bool follows_source() const {
+    return options_.mode == RenderMode::kGptq && options_.gptq.correct;
+  }
+
+  Status RemoveStates(const PartLayers& part, int layer) {
+    PQ_RETURN_IF_ERROR(store_.RemoveBlob(StateBlob(key_, Stream::kQuantized, part, layer)));
+    return store_.RemoveBlob(StateBlob(key_, Stream::kSource, part, layer));
+  }
+
   // The inputs of a layer, one per sequence of the part.
-  Result<std::vector<LayerState>> LayerInputs(const PartLayers& part, int layer) {
+  Result<std::vector<LayerState>> LayerInputs(Stream stream, const PartLayers& part, int layer) {
     const SequenceRange range = sequences_.Range(part.part);
     const bool first = layer == part.first;
     std::optional<StoredSequences> before;
     if (!first) {
-      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, StateBlob(key_, part, layer)));
+      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, StateBlob(key_, stream, part, layer)));
     } else if (const std::optional<Part> source = sequences_.Before(part.part)) {
       const PartLayers& layers = *model_.FindPart(*source);
       PQ_ASSIGN_OR_RETURN(before,
-                          StoredSequences::Open(store_, StateBlob(key_, layers, layers.end)));
+                          StoredSequences::Open(store_, StateBlob(key_, stream, layers, layers.end)));
     }
     std::vector<LayerState> states(static_cast<size_t>(range.count()));
     for (int64_t n = range.first; n < range.end; ++n) {
@@ -157,106 +188,155 @@ class Renderer {
   Status RenderLayer(const PartLayers& part, int layer) {
     PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
     model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
-    PQ_ASSIGN_OR_RETURN(std::vector<LayerState> states, LayerInputs(part, layer));
+    Streams streams;
+    PQ_ASSIGN_OR_RETURN(streams.quantized, LayerInputs(Stream::kQuantized, part, layer));
+    if (follows_source()) {
+      PQ_ASSIGN_OR_RETURN(streams.source, LayerInputs(Stream::kSource, part, layer));
+    }
     PQ_RETURN_IF_ERROR(LoadTokenWeights(layer));
-    const SequenceRange range = sequences_.Range(part.part);
+    const int64_t first = sequences_.Range(part.part).first;
     const auto context = [&](size_t i) -> const SequenceContext& {
-      return sequences_.Context(part.part, range.first + static_cast<int64_t>(i));
+      return sequences_.Context(part.part, first + static_cast<int64_t>(i));
     };
-    Rendered rendered;
-    for (int s = 0; s < block->num_stages(); ++s) {
+    const auto inputs_of = [&](int s, std::vector<LayerState>& states) {
       std::vector<std::vector<at::Tensor>> x;
       for (size_t i = 0; i < states.size(); ++i) {
         x.push_back(block->StageInputs(s, context(i), states[i]));
       }
-      StageInputs inputs(block->stage(s), x);
-      // Nothing comes after the output projection that would want its product.
-      const bool last = part.part == Part::kHead;
-      std::vector<std::vector<at::Tensor>> outputs(last ? 0 : states.size());
-      PQ_RETURN_IF_ERROR(RenderStage(block->stage(s), inputs, rendered, outputs));
+      return x;
+    };
+    const auto put_outputs = [&](int s, std::vector<std::vector<at::Tensor>> outputs,
+                                 std::vector<LayerState>& states) {
       for (size_t i = 0; i < outputs.size(); ++i) {
         block->StageOutputs(s, context(i), std::move(outputs[i]), states[i]);
       }
+    };
+    Rendered rendered;
+    for (int s = 0; s < block->num_stages(); ++s) {
+      // Nothing comes after the output projection that would want its product.
+      const bool last = part.part == Part::kHead;
+      StageRun run{.linears = block->stage(s),
+                   .inputs = StageInputs(block->stage(s), inputs_of(s, streams.quantized)),
+                   .source_inputs = inputs_of(s, streams.source)};
+      run.outputs.resize(last ? 0 : streams.quantized.size());
+      run.source_outputs.resize(last ? 0 : streams.source.size());
+      PQ_RETURN_IF_ERROR(RenderStage(run, rendered));
+      put_outputs(s, std::move(run.outputs), streams.quantized);
+      put_outputs(s, std::move(run.source_outputs), streams.source);
     }
-    return CommitLayer(part, layer, rendered, states);
+    return CommitLayer(part, layer, rendered, streams);
   }
 
-  Status RenderStage(const std::vector<LinearInfo>& stage, StageInputs& inputs, Rendered& rendered,
-                     std::vector<std::vector<at::Tensor>>& outputs) {
+  Status RenderStage(StageRun& run, Rendered& rendered) {
     std::vector<at::Tensor> stored;        // weights, mapped
     std::map<std::string, double> maxima;  // largest |w| per scale group
-    for (const LinearInfo& linear : stage) {
+    for (const LinearInfo& linear : run.linears) {
       PQ_ASSIGN_OR_RETURN(at::Tensor weight, model_.LoadWeight(linear));
       double& amax = maxima[linear.scale_group];
       amax = std::max(amax, weight.abs().max().to(at::kDouble).item<double>());
       stored.push_back(std::move(weight));
     }
-    for (size_t i = 0; i < stage.size(); ++i) {
-      const LinearInfo& linear = stage[i];
+    for (size_t i = 0; i < run.linears.size(); ++i) {
+      const LinearInfo& linear = run.linears[i];
       const Format& format = *formats_.at(linear.name);
       const SharedScales scales{.weight_amax = maxima.at(linear.scale_group),
-                                .input_amax = inputs.GroupMaximum(linear.input_group)};
+                                .input_amax = run.inputs.GroupMaximum(linear.input_group)};
       PQ_ASSIGN_OR_RETURN(at::Tensor bias, model_.LoadBias(linear));
       if (bias.defined()) bias = bias.to(options_.compute.dtype);
-      at::Tensor weight = stored[i].to(at::kFloat);
-      InputSet& own = inputs.of(i);
+      const at::ScalarType dtype = options_.compute.dtype;
+      Job job{.linear = linear,
+              .format = format,
+              .weight = stored[i].to(at::kFloat),
+              .product = stored[i].to(dtype),
+              .scales = scales,
+              .inputs = run.inputs.of(i)};
+      at::Tensor rounded = job.product;
+      for (const auto& of_sequence : run.source_inputs) job.source_inputs.push_back(of_sequence[i]);
       if (&format != &SourceFormat()) {
-        PQ_ASSIGN_OR_RETURN(weight, RenderLinear(linear, format, weight, scales, own, rendered));
+        PQ_ASSIGN_OR_RETURN(rounded, RenderLinear(job, rendered));
+        rounded = rounded.to(dtype);
       }
-      weight = weight.to(options_.compute.dtype);
-      const std::vector<at::Tensor>& x = own.For(format, scales);
-      for (size_t n = 0; n < outputs.size(); ++n) {
-        outputs[n].push_back(at::linear(
-            x[n], weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt));
+      const std::vector<at::Tensor>& x = job.inputs.For(format, scales);
+      for (size_t n = 0; n < run.outputs.size(); ++n) {
+        run.outputs[n].push_back(Multiply(x[n], rounded, bias));
+      }
+      for (size_t n = 0; n < run.source_outputs.size(); ++n) {
+        run.source_outputs[n].push_back(Multiply(job.source_inputs[n], job.product, bias));
       }
     }
     return {};
   }
 
+  static at::Tensor Multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+    return at::linear(x, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+  }
+
   // Leaves the stored tensors in `rendered` and returns the decoded weight, float32 [out, in].
-  Result<at::Tensor> RenderLinear(const LinearInfo& linear, const Format& format,
-                                  const at::Tensor& weight, const SharedScales& scales,
-                                  InputSet& inputs, Rendered& rendered) {
+  Result<at::Tensor> RenderLinear(const Job& job, Rendered& rendered) {
+    const LinearInfo& linear = job.linear;
     Json& report = rendered.report[linear.name];
-    report["format"] = format.name();
-    if (linear.is_expert) report["tokens"] = inputs.tokens();
+    report["format"] = job.format.name();
+    if (linear.is_expert) report["tokens"] = job.inputs.tokens();
     if (options_.mode == RenderMode::kRtn) {
-      StoredTensors stored = format.Encode(weight, scales, linear.dtype);
-      at::Tensor decoded = format.Decode(stored);
+      StoredTensors stored = job.format.Encode(job.weight, job.scales, linear.dtype);
+      at::Tensor decoded = job.format.Decode(stored);
       rendered.tensors[linear.name] = std::move(stored);
       report["rendered"] = "rtn";
       return decoded;
     }
-    const bool scales_only = linear.is_expert && inputs.tokens() < kFewestTokens;
-    HessianAccumulator train(linear.in), held_out(linear.in);
-    if (!scales_only) Accumulate(linear, inputs.For(format, scales), train, held_out);
-    const at::Tensor hessian = scales_only ? at::eye(linear.in) : train.Sum();
-    const at::Tensor held_out_sum = held_out.tokens() > 0 ? held_out.Sum() : at::Tensor();
-    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(format, weight, hessian, held_out_sum,
-                                                         scales, linear.dtype, options_.gptq));
+    const bool scales_only = linear.is_expert && job.inputs.tokens() < kFewestTokens;
+    InputMoments train(linear.in), held_out(linear.in);
+    if (scales_only) {
+      train.Add(at::eye(linear.in), {});
+    } else {
+      Accumulate(job, train, held_out);
+    }
+    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(job.format, job.weight, train, held_out,
+                                                         job.scales, linear.dtype, options_.gptq));
     report["rendered"] = result.fell_back ? "rtn" : scales_only ? "rtn+scales" : "gptq";
-    if (held_out_sum.defined()) report["error_ratio"] = result.error_ratio;
+    if (held_out.tokens() > 0) {
+      report["error_ratio"] = result.error_ratio;
+      report["weight_error_ratio"] = result.weight_ratio;
+    }
     rendered.tensors[linear.name] = std::move(result.stored);
     return std::move(result.decoded);
   }
 
-  void Accumulate(const LinearInfo& linear, const std::vector<at::Tensor>& x,
-                  HessianAccumulator& train, HessianAccumulator& held_out) const {
-    const auto weights = token_weights_.find(linear.name);
+  void Accumulate(const Job& job, InputMoments& train, InputMoments& held_out) const {
+    const std::vector<at::Tensor>& x = job.inputs.For(job.format, job.scales);
+    const auto weights = token_weights_.find(job.linear.name);
     int64_t first = 0;
     for (size_t n = 0; n < x.size(); ++n) {
-      const at::Tensor rows = x[n].reshape({-1, linear.in});
+      const at::Tensor rows = x[n].reshape({-1, job.linear.in});
       const at::Tensor token_weights = weights == token_weights_.end()
                                            ? at::Tensor()
                                            : weights->second.narrow(0, first, rows.size(0));
-      HessianAccumulator& sum = n % kHeldOutEvery == kHeldOutEvery - 1 ? held_out : train;
-      sum.Add(rows, token_weights);
+      InputMoments& sum = n % kHeldOutEvery == kHeldOutEvery - 1 ? held_out : train;
+      sum.Add(rows, token_weights, Lack(job, n, rows));
       first += rows.size(0);
     }
   }
 
+  // What the outputs for `rows` lack of the source's, [tokens, out]; undefined for an expert, whose
+  // tokens may be others than the source's.
+  at::Tensor Lack(const Job& job, size_t sequence, const at::Tensor& rows) const {
+    if (job.source_inputs.empty() || job.linear.is_expert) return {};
+    const at::Tensor source = job.source_inputs[sequence].reshape({-1, job.linear.in});
+    const at::Tensor difference = source.to(at::kFloat) - rows.to(at::kFloat);
+    return Multiply(difference.to(options_.compute.dtype), job.product, {});
+  }
+
+  Status PutStates(Stream stream, const PartLayers& part, int layer,
+                   const std::vector<LayerState>& states) {
+    std::vector<at::Tensor> hidden;
+    hidden.reserve(states.size());
+    for (const LayerState& state : states) hidden.push_back(state.hidden);
+    return PutSequences(store_, StateBlob(key_, stream, part, layer),
+                        sequences_.Range(part.part).first, hidden);
+  }
+
   Status CommitLayer(const PartLayers& part, int layer, const Rendered& rendered,
-                     const std::vector<LayerState>& states) {
+                     const Streams& streams) {
     std::vector<at::Tensor> kept;
     std::vector<BlobTensor> blob;
     for (const auto& [linear, tensors] : rendered.tensors) {
@@ -269,15 +349,14 @@ class Renderer {
     }
     PQ_RETURN_IF_ERROR(store_.PutBlob(LayerBlob(key_, layer), blob));
     if (layer + 1 < part.end || part.part == Part::kText || part.part == Part::kVision) {
-      std::vector<at::Tensor> hidden;
-      hidden.reserve(states.size());
-      for (const LayerState& state : states) hidden.push_back(state.hidden);
-      PQ_RETURN_IF_ERROR(PutSequences(store_, StateBlob(key_, part, layer + 1),
-                                      sequences_.Range(part.part).first, hidden));
+      PQ_RETURN_IF_ERROR(PutStates(Stream::kQuantized, part, layer + 1, streams.quantized));
+      if (follows_source()) {
+        PQ_RETURN_IF_ERROR(PutStates(Stream::kSource, part, layer + 1, streams.source));
+      }
     }
     PQ_RETURN_IF_ERROR(store_.PutNote(ReportNote(key_, layer), rendered.report.dump()));
     PQ_RETURN_IF_ERROR(store_.Commit(StageName(key_), layer));
-    return store_.RemoveBlob(StateBlob(key_, part, layer));
+    return RemoveStates(part, layer);
   }
 
   const Model& model_;
@@ -296,6 +375,7 @@ std::string RenderKey(const FormatChoice& formats, const RenderOptions& options)
   Json json = {{"mode", options.mode == RenderMode::kGptq ? "gptq" : "rtn"},
                {"damping", options.gptq.damping},
                {"choose_scales", options.gptq.choose_scales},
+               {"correct", options.gptq.correct},
                {"guided", options.guided},
                {"precision", at::toString(options.compute.dtype)}};
   for (const auto& [linear, format] : formats) json["formats"][linear] = format->name();

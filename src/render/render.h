@@ -16,7 +16,7 @@
 #include "data/calibration.h"
 #include "formats/format.h"
 #include "model/model.h"
-#include "render/gptq.h"
+#include "round/gptq.h"
 #include "store/run_store.h"
 
 namespace prismaquant {

@@ -206,20 +206,24 @@ class RenderTest : public ::testing::Test {
   // What kQuery must become, with one weight per token of all windows or none.
   GptqResult ExpectedQuery(const std::vector<at::Tensor>& inputs,
                            const at::Tensor& token_weights) const {
+    const auto source = Must(PlainLinears::Load(*model_, 0, {}));
+    const std::vector<at::Tensor> wanted = LayerOneInputs(*source);
     const LinearInfo& linear = Info(kQuery);
     const Format& format = *FindFormat("nvfp4");
     const SharedScales shared{.weight_amax = UnitAmax(linear.unit),
                               .input_amax = at::cat(inputs).abs().max().item<double>()};
-    HessianAccumulator train(64), held_out(64);
+    InputMoments train(64), held_out(64);
     for (size_t n = 0; n < inputs.size(); ++n) {
       at::Tensor weights;
       if (token_weights.defined())
         weights = token_weights.narrow(0, static_cast<int64_t>(n) * kTokens, kTokens);
       const at::Tensor x = format.QuantizeActivation(inputs[n], shared);
-      (n == 7 || n == 15 ? held_out : train).Add(x.reshape({-1, 64}), weights);
+      const at::Tensor lack = at::linear(wanted[n] - x, WeightOf(kQuery));
+      (n == 7 || n == 15 ? held_out : train)
+          .Add(x.reshape({-1, 64}), weights, lack.reshape({-1, linear.out}));
     }
-    return Must(RenderGuarded(format, WeightOf(kQuery), train.Sum(), held_out.Sum(), shared,
-                              DType::kBF16, {}));
+    return Must(
+        RenderGuarded(format, WeightOf(kQuery), train, held_out, shared, DType::kBF16, {}));
   }
 
   // Leaves in the store what the probe would: one weight per token and Linear.

@@ -1,4 +1,4 @@
-#include "render/gptq.h"
+#include "round/gptq.h"
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -35,6 +35,11 @@ at::Tensor CorrelatedInputs(int64_t tokens, int64_t in, int64_t seed) {
   return (torch::randn({tokens, 8}).matmul(mixing) + 0.5 * torch::randn({tokens, in})) * size;
 }
 
+InputMoments MomentsOf(const at::Tensor& x, const at::Tensor& lack = {}) {
+  InputMoments moments(x.size(1));
+  if (x.size(0) > 0) moments.Add(x, {}, lack);
+  return moments;
+}
 at::Tensor Gram(const at::Tensor& x) { return x.t().matmul(x); }
 at::Tensor CorrelatedHessian(int64_t in) { return Gram(CorrelatedInputs(1024, in, 1)); }
 
@@ -120,22 +125,30 @@ class Reference {
     } else {
       const double ideal = global_ * largest / 6;
       candidates = {Nearest(e4m3_, ideal) / global_};
-      for (const double scale : e4m3_) {
-        const bool searched =
-            scale >= Nearest(e4m3_, ideal / 2) && scale <= Nearest(e4m3_, 2 * ideal);
-        if (choose_scales_ && searched && scale > 0) candidates.push_back(scale / global_);
+      const auto lowest = std::find(e4m3_.begin(), e4m3_.end(), Nearest(e4m3_, ideal / 2));
+      for (auto scale = lowest; choose_scales_ && scale != e4m3_.end(); ++scale) {
+        if (scale - lowest < 16 && *scale > 0) candidates.push_back(*scale / global_);
       }
     }
     double best = candidates.front(), least = std::numeric_limits<double>::infinity();
     for (const double scale : candidates) {
-      double error = 0;
-      for (int64_t i = 0; i < group; ++i) {
-        const double pivot = u[(first + i) * in + first + i];
-        error += std::pow((Nearest(values_, w[i] / scale) * scale - w[i]) / pivot, 2);
-      }
+      const double error =
+          RolledError(std::vector<double>(w, w + group), u + first * (in + 1), in, scale);
       if (error < least) std::tie(best, least) = std::make_pair(scale, error);
     }
     return best;
+  }
+
+  // What rounding the group column by column under the scale would leave.
+  double RolledError(std::vector<double> w, const double* u, int64_t in, double scale) const {
+    const auto group = static_cast<int64_t>(w.size());
+    double error = 0;
+    for (int64_t j = 0; j < group; ++j) {
+      const double spread = (w[j] - Nearest(values_, w[j] / scale) * scale) / u[j * in + j];
+      error += spread * spread;
+      for (int64_t k = j + 1; k < group; ++k) w[k] -= spread * u[j * in + k];
+    }
+    return error;
   }
 
   void RoundRow(double* w, const double* u, int64_t in) const {
@@ -156,42 +169,42 @@ class Reference {
   std::vector<double> e4m3_, values_;
 };
 
-TEST(HessianAccumulator, SumsOverBlocksOfTokensAndCalls) {
+TEST(InputMoments, SumsOverBlocksOfTokensAndCalls) {
   torch::manual_seed(3);
   const at::Tensor x = torch::randn({9001, 24});
-  HessianAccumulator hessian(24);
+  InputMoments hessian(24);
   hessian.Add(x.narrow(0, 0, 1), {});
   hessian.Add(x.narrow(0, 1, 9000), {});
   EXPECT_EQ(hessian.tokens(), 9001);
-  EXPECT_EQ(hessian.Sum().scalar_type(), at::kFloat);
+  EXPECT_EQ(hessian.hessian().scalar_type(), at::kFloat);
   const at::Tensor expected = Gram(x.to(at::kDouble));
-  EXPECT_LT(Amax(hessian.Sum() - expected), 1e-5 * Amax(expected));
-  EXPECT_LT(Amax(hessian.Sum() - hessian.Sum().t()), 1e-6 * Amax(expected));
+  EXPECT_LT(Amax(hessian.hessian() - expected), 1e-5 * Amax(expected));
+  EXPECT_LT(Amax(hessian.hessian() - hessian.hessian().t()), 1e-6 * Amax(expected));
 }
 
-TEST(HessianAccumulator, WeightsTokens) {
+TEST(InputMoments, WeightsTokens) {
   torch::manual_seed(4);
   const at::Tensor x = torch::randn({5000, 12});
   const at::Tensor weights = torch::rand({5000}) * (torch::rand({5000}) > 0.5).to(at::kFloat);
-  HessianAccumulator weighted(12), plain(12), ones(12);
+  InputMoments weighted(12), plain(12), ones(12);
   weighted.Add(x, weights);
   plain.Add(x, {});
   ones.Add(x, torch::ones({5000}));
   const at::Tensor d = x.to(at::kDouble);
   const at::Tensor expected = (d * weights.to(at::kDouble).unsqueeze(1)).t().matmul(d);
-  EXPECT_LT(Amax(weighted.Sum() - expected), 1e-5 * Amax(expected));
-  EXPECT_TRUE(ones.Sum().equal(plain.Sum()));
+  EXPECT_LT(Amax(weighted.hessian() - expected), 1e-5 * Amax(expected));
+  EXPECT_TRUE(ones.hessian().equal(plain.hessian()));
 }
 
-TEST(HessianAccumulator, WidensBfloat16AndStartsAtZero) {
+TEST(InputMoments, WidensBfloat16AndStartsAtZero) {
   torch::manual_seed(5);
   const at::Tensor x = torch::randn({300, 8}).to(at::kBFloat16);
-  HessianAccumulator narrow(8), wide(8);
-  EXPECT_EQ(Amax(narrow.Sum()), 0);
+  InputMoments narrow(8), wide(8);
+  EXPECT_EQ(Amax(narrow.hessian()), 0);
   EXPECT_EQ(narrow.tokens(), 0);
   narrow.Add(x, {});
   wide.Add(x.to(at::kFloat), {});
-  EXPECT_TRUE(narrow.Sum().equal(wide.Sum()));
+  EXPECT_TRUE(narrow.hessian().equal(wide.hessian()));
 }
 
 class RenderGptqTest : public ::testing::TestWithParam<std::string> {
@@ -372,38 +385,84 @@ TEST_P(RenderGptqTest, RepeatedRunsAndOtherThreadCounts) {
 }
 
 TEST_P(RenderGptqTest, GuardKeepsWhatIsBetterOnTheHeldOutInputs) {
-  const at::Tensor weight = Weight(32, 160);
-  const at::Tensor train = CorrelatedHessian(160);
+  const at::Tensor weight = Weight(32, 160), inputs = CorrelatedInputs(1024, 160, 1);
+  const at::Tensor train = Gram(inputs);
   const auto guarded = [&](const at::Tensor& held_out) {
-    return *RenderGuarded(format(), weight, train, held_out, ScalesOf(weight), DType::kBF16,
-                          {.damping = 0.01});
+    return *RenderGuarded(format(), weight, MomentsOf(inputs), MomentsOf(held_out),
+                          ScalesOf(weight), DType::kBF16, {.damping = 0.01});
   };
   const GptqResult plain = Render(weight, train, {.damping = 0.01});
 
-  const at::Tensor alike = Gram(CorrelatedInputs(128, 160, 2));
+  const at::Tensor alike = CorrelatedInputs(128, 160, 2);
   const GptqResult kept = guarded(alike);
   EXPECT_FALSE(kept.fell_back);
   EXPECT_TRUE(SameStored(kept.stored, plain.stored));
   EXPECT_NEAR(kept.error_ratio,
-              ExactError(plain.decoded, weight, alike) / NearestError(weight, alike), 1e-3);
+              ExactError(plain.decoded, weight, Gram(alike)) / NearestError(weight, Gram(alike)),
+              1e-3);
   EXPECT_LT(kept.error_ratio, 0.7);
+  EXPECT_EQ(kept.weight_ratio, kept.error_ratio);
 
-  const GptqResult unjudged = guarded({});
+  const GptqResult unjudged = guarded(at::empty({0, 160}));
   EXPECT_TRUE(SameStored(unjudged.stored, plain.stored));
   EXPECT_NEAR(unjudged.error_ratio,
               ExactError(plain.decoded, weight, train) / NearestError(weight, train), 1e-3);
 
-  const at::Tensor gap = (plain.decoded - weight).select(0, 0).unsqueeze(0);
-  const at::Tensor adverse = Gram(gap) * 1e4;
-  const at::Tensor nan = at::full_like(train, std::numeric_limits<float>::quiet_NaN());
-  const at::Tensor infinite = at::full_like(train, std::numeric_limits<float>::infinity());
-  for (const at::Tensor& held_out : {adverse, nan, infinite}) {
+  const at::Tensor gap = (plain.decoded - weight).select(0, 0).unsqueeze(0) * 100;
+  const at::Tensor nan = at::full_like(gap, std::numeric_limits<float>::quiet_NaN());
+  const at::Tensor infinite = at::full_like(gap, std::numeric_limits<float>::infinity());
+  for (const at::Tensor& held_out : {gap, nan, infinite}) {
     const GptqResult refused = guarded(held_out);
     EXPECT_TRUE(refused.fell_back);
     EXPECT_EQ(refused.error_ratio, 1);
     EXPECT_TRUE(SameStored(refused.stored, Nearest(weight)));
     EXPECT_TRUE(refused.decoded.equal(format().Decode(refused.stored)));
   }
+}
+
+// Inputs that are noisy beside the source's, and what their outputs lack of the source's.
+struct Noisy {
+  at::Tensor x, lack, wanted;
+  Noisy(const at::Tensor& weight, int64_t tokens, int64_t seed, double noise) {
+    const at::Tensor source = CorrelatedInputs(tokens, weight.size(1), seed);
+    x = source + noise * torch::randn_like(source);
+    wanted = source.matmul(weight.t());
+    lack = wanted - x.matmul(weight.t());
+  }
+  InputMoments Moments() const { return MomentsOf(x, lack); }
+};
+
+TEST(Correct, BringsTheOutputsNearerToTheSources) {
+  const at::Tensor weight = Weight(24, 96);
+  const Noisy train(weight, 2048, 1, 1.0), held_out(weight, 256, 2, 1.0), other(weight, 256, 3, 1.0);
+  const CorrectedWeight corrected = Correct(weight, train.Moments(), held_out.Moments());
+  EXPECT_GT(corrected.share, 0.5);
+  const auto distance = [&](const at::Tensor& w) {
+    return (other.x.matmul(w.t()) - other.wanted).square().sum().item<double>();
+  };
+  EXPECT_LT(distance(corrected.weight), 0.9 * distance(weight));
+  EXPECT_NEAR(other.Moments().OutputError(corrected.weight, weight) / distance(corrected.weight), 1,
+              1e-3);
+}
+
+TEST(Correct, TakesTheShareThatIsBestOnTheHeldOutInputs) {
+  const at::Tensor weight = Weight(24, 96);
+  const Noisy train(weight, 128, 1, 1.0), held_out(weight, 4096, 2, 0.3);
+  const CorrectedWeight corrected = Correct(weight, train.Moments(), held_out.Moments());
+  ASSERT_GT(corrected.share, 0.01);
+  ASSERT_LT(corrected.share, 0.99);
+  const at::Tensor step = (corrected.weight - weight) / corrected.share;
+  const InputMoments moments = held_out.Moments();
+  const double best = moments.OutputError(corrected.weight, weight);
+  for (const double share : {corrected.share - 0.1, corrected.share + 0.1})
+    EXPECT_LT(best, moments.OutputError(weight + share * step, weight));
+}
+
+TEST(Correct, LeavesAWeightWithoutASourceAlone) {
+  const at::Tensor weight = Weight(8, 32), x = CorrelatedInputs(64, 32, 1);
+  const CorrectedWeight corrected = Correct(weight, MomentsOf(x), MomentsOf(x));
+  EXPECT_TRUE(corrected.weight.equal(weight));
+  EXPECT_EQ(corrected.share, 0);
 }
 
 TEST(RenderGptq, ScaleChoiceHelpsNvfp4) {
@@ -434,11 +493,25 @@ TEST(RenderGptq, FormatWithoutAGridIsRefused) {
   EXPECT_EQ(result.status().message(), "format bf16 has no grid to round to");
 }
 
-TEST(OutputError, IsTheSummedSquaredErrorOfTheOutputs) {
+TEST(InputMoments, WeightErrorIsTheSummedSquaredErrorOfTheOutputs) {
   const at::Tensor x = CorrelatedInputs(50, 32, 1);
   const at::Tensor weight = Weight(6, 32), other = Weight(6, 32) + 0.01 * torch::randn({6, 32});
   const double expected = x.matmul((other - weight).t()).square().sum().item<double>();
-  EXPECT_NEAR(OutputError(other, weight, Gram(x)) / expected, 1, 1e-4);
+  EXPECT_NEAR(MomentsOf(x).WeightError(other, weight) / expected, 1, 1e-4);
+  EXPECT_EQ(MomentsOf(x).OutputError(other, weight), MomentsOf(x).WeightError(other, weight));
+}
+
+TEST(InputMoments, SumOfTwoIsThatOfTheirInputs) {
+  const at::Tensor weight = Weight(6, 32);
+  const Noisy all(weight, 60, 1, 0.5);
+  InputMoments sum = MomentsOf(all.x.narrow(0, 0, 20), all.lack.narrow(0, 0, 20));
+  sum.Add(MomentsOf(all.x.narrow(0, 20, 40), all.lack.narrow(0, 20, 40)));
+  const InputMoments whole = all.Moments();
+  EXPECT_EQ(sum.tokens(), 60);
+  EXPECT_LT(Amax(sum.hessian() - whole.hessian()), 1e-5 * Amax(whole.hessian()));
+  EXPECT_LT(Amax(sum.pull() - whole.pull()), 1e-5 * Amax(whole.pull()));
+  const at::Tensor other = weight + 0.01;
+  EXPECT_NEAR(sum.OutputError(other, weight) / whole.OutputError(other, weight), 1, 1e-5);
 }
 
 }  // namespace

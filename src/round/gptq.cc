@@ -1,4 +1,4 @@
-#include "render/gptq.h"
+#include "round/gptq.h"
 
 #include <fmt/format.h>
 #include <torch/torch.h>
@@ -15,10 +15,11 @@ namespace prismaquant {
 namespace {
 
 constexpr int64_t kBlockColumns = 128;
-constexpr int64_t kBlockTokens = 4096;
 // A Hessian that cannot be factored is tried again with ten times the damping, at least this.
 constexpr int kDampingRetries = 4;
 constexpr double kSmallestRetry = 1e-4;
+// Of the Hessian that a correction is solved with.
+constexpr double kCorrectionDamping = 1;
 // Up to this size the factorisation runs in float64.
 constexpr int64_t kLargestFloat64 = 4096;
 
@@ -26,30 +27,43 @@ constexpr int64_t kLargestFloat64 = 4096;
 // and no other bit.
 double PowerOfFour(double x) { return std::exp2(2 * std::floor(std::log2(x) / 2)); }
 
-// The upper Cholesky factor, up to a positive multiple, of the inverse of the damped Hessian,
-// float32; undefined if it cannot be had. A column without inputs has the damping alone for its
-// diagonal.
-at::Tensor InverseFactor(const at::Tensor& hessian, double damping) {
+// The Cholesky factor of a damped Hessian over `unit`.
+struct Factor {
+  at::Tensor lower;  // undefined if it cannot be had
+  double unit = 1;
+};
+
+// A column without inputs has the damping alone for its diagonal.
+Factor FactorDamped(const at::Tensor& hessian, double damping) {
   const double mean = hessian.diagonal().to(at::kDouble).mean().item<double>();
   if (!(mean > 0) || !hessian.isfinite().all().item<bool>()) return {};
   const double unit = PowerOfFour(mean);
   const at::ScalarType type = hessian.size(0) <= kLargestFloat64 ? at::kDouble : at::kFloat;
-  const at::Tensor h = hessian.to(type) / unit;
+  at::Tensor damped = hessian.to(type) / unit;
+  damped.diagonal().add_(damping * mean / unit);
+  const auto [lower, failed] = at::linalg_cholesky_ex(damped);
+  if (failed.item<int>() != 0) return {};
+  return {.lower = lower, .unit = unit};
+}
+
+// The upper Cholesky factor, up to a positive multiple, of the inverse of the damped Hessian,
+// float32; undefined if it cannot be had.
+at::Tensor InverseFactor(const at::Tensor& hessian, double damping) {
   for (int attempt = 0; attempt <= kDampingRetries; ++attempt) {
-    at::Tensor damped = h.clone();
-    damped.diagonal().add_(damping * mean / unit);
+    const at::Tensor lower = FactorDamped(hessian, damping).lower;
     damping = std::max(damping * 10, kSmallestRetry);
-    const auto [lower, failed] = at::linalg_cholesky_ex(damped);
-    if (failed.item<int>() != 0) continue;
-    const auto [upper, inverse_failed] =
+    if (!lower.defined()) continue;
+    const auto [upper, failed] =
         at::linalg_cholesky_ex(at::cholesky_inverse(lower), /*upper=*/true);
-    if (inverse_failed.item<int>() != 0) continue;
+    if (failed.item<int>() != 0) continue;
     at::Tensor factor = upper.to(at::kFloat).contiguous();
     if (factor.isfinite().all().item<bool>() && (factor.diagonal() > 0).all().item<bool>())
       return factor;
   }
   return {};
 }
+
+double Ratio(double error, double reference) { return reference > 0 ? error / reference : 1; }
 
 // What the loop writes for a format, and how it becomes the format's tensors.
 struct GridState {
@@ -153,19 +167,6 @@ void RunColumns(const at::Tensor& weight, const at::Tensor& factor, bool choose_
 
 }  // namespace
 
-HessianAccumulator::HessianAccumulator(int64_t in) : sum_(at::zeros({in, in}, at::kFloat)) {}
-
-void HessianAccumulator::Add(const at::Tensor& x, const at::Tensor& token_weights) {
-  for (int64_t begin = 0; begin < x.size(0); begin += kBlockTokens) {
-    const int64_t count = std::min(kBlockTokens, x.size(0) - begin);
-    at::Tensor block = x.narrow(0, begin, count).to(at::kFloat);
-    if (token_weights.defined())
-      block = block * token_weights.narrow(0, begin, count).sqrt().unsqueeze(1);
-    sum_.addmm_(block.t(), block);
-  }
-  tokens_ += x.size(0);
-}
-
 Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
                               const at::Tensor& hessian, const SharedScales& shared, DType source,
                               const GptqOptions& options) {
@@ -188,31 +189,44 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
   return result;
 }
 
-Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
-                                 const at::Tensor& train, const at::Tensor& held_out,
-                                 const SharedScales& shared, DType source,
-                                 const GptqOptions& options) {
-  PQ_ASSIGN_OR_RETURN(GptqResult gptq, RenderGptq(format, weight, train, shared, source, options));
-  if (gptq.fell_back) return gptq;
-  const at::Tensor& judge = held_out.defined() ? held_out : train;
-  StoredTensors rtn = format.Encode(weight, shared, source);
-  at::Tensor rtn_decoded = format.Decode(rtn);
-  const double gptq_error = OutputError(gptq.decoded, weight, judge);
-  const double rtn_error = OutputError(rtn_decoded, weight, judge);
-  if (std::isfinite(gptq_error) && gptq_error <= rtn_error) {
-    gptq.error_ratio = rtn_error > 0 ? gptq_error / rtn_error : 1;
-    return gptq;
-  }
-  gptq.stored = std::move(rtn);
-  gptq.decoded = std::move(rtn_decoded);
-  gptq.fell_back = true;
-  gptq.error_ratio = 1;
-  return gptq;
+CorrectedWeight Correct(const at::Tensor& weight, const InputMoments& train,
+                        const InputMoments& held_out) {
+  CorrectedWeight corrected{.weight = weight};
+  if (!train.pull().defined() || !held_out.pull().defined()) return corrected;
+  const Factor factor = FactorDamped(train.hessian(), kCorrectionDamping);
+  if (!factor.lower.defined()) return corrected;
+  const at::Tensor pull = train.pull().to(factor.lower.scalar_type()) / factor.unit;
+  const at::Tensor step = at::cholesky_solve(pull.t(), factor.lower).t().to(at::kFloat);
+  const double curvature = held_out.WeightError(weight + step, weight);
+  const double slope = (step * held_out.pull()).sum(-1).sum(at::kDouble).item<double>();
+  if (!(curvature > 0) || !std::isfinite(slope)) return corrected;
+  corrected.share = std::clamp(slope / curvature, 0.0, 1.0);
+  corrected.weight = weight + corrected.share * step;
+  return corrected;
 }
 
-double OutputError(const at::Tensor& decoded, const at::Tensor& weight, const at::Tensor& hessian) {
-  const at::Tensor difference = decoded - weight;
-  return (at::matmul(difference, hessian) * difference).sum(-1).sum(at::kDouble).item<double>();
+Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
+                                 const InputMoments& train, const InputMoments& held_out,
+                                 const SharedScales& shared, DType source,
+                                 const GptqOptions& options) {
+  const CorrectedWeight target =
+      options.correct ? Correct(weight, train, held_out) : CorrectedWeight{.weight = weight};
+  PQ_ASSIGN_OR_RETURN(GptqResult gptq, RenderGptq(format, target.weight, train.hessian(), shared,
+                                                  source, options));
+  const InputMoments& judge = held_out.tokens() > 0 ? held_out : train;
+  StoredTensors rtn = format.Encode(weight, shared, source);
+  at::Tensor rtn_decoded = format.Decode(rtn);
+  const double gptq_error = judge.OutputError(gptq.decoded, weight);
+  const double rtn_error = judge.OutputError(rtn_decoded, weight);
+  if (!gptq.fell_back && std::isfinite(gptq_error) && gptq_error <= rtn_error) {
+    gptq.error_ratio = Ratio(gptq_error, rtn_error);
+    gptq.weight_ratio = Ratio(judge.WeightError(gptq.decoded, weight),
+                              judge.WeightError(rtn_decoded, weight));
+    gptq.correction = target.share;
+    return gptq;
+  }
+  return GptqResult{
+      .stored = std::move(rtn), .decoded = std::move(rtn_decoded), .fell_back = true};
 }
 
 }  // namespace prismaquant

@@ -1,5 +1,5 @@
-#ifndef PRISMAQUANT_RENDER_GPTQ_H_
-#define PRISMAQUANT_RENDER_GPTQ_H_
+#ifndef PRISMAQUANT_ROUND_GPTQ_H_
+#define PRISMAQUANT_ROUND_GPTQ_H_
 
 // GPTQ for one Linear (Frantar et al. 2022, docs/rendering.md): rounds the columns of W in order so
 // that the output error tr(D H D^T), D = W_q - W, is small for the Hessian H = sum_t w_t x_t x_t^T
@@ -13,27 +13,14 @@
 
 #include "base/status.h"
 #include "formats/format.h"
+#include "round/input_moments.h"
 
 namespace prismaquant {
-
-// Sums x x^T over tokens in float32, block by block of tokens.
-class HessianAccumulator {
- public:
-  explicit HessianAccumulator(int64_t in);
-  // x [tokens, in] in any float dtype; weights [tokens] or undefined (all ones).
-  void Add(const at::Tensor& x, const at::Tensor& token_weights);
-  // [in, in] float32, symmetric.
-  const at::Tensor& Sum() const { return sum_; }
-  int64_t tokens() const { return tokens_; }
-
- private:
-  at::Tensor sum_;
-  int64_t tokens_ = 0;
-};
 
 struct GptqOptions {
   double damping = 0.3;       // added to the diagonal, relative to its mean; not negative
   bool choose_scales = true;  // search each group's scale when the group is reached
+  bool correct = true;        // aim at CorrectedWeight
 };
 
 struct GptqResult {
@@ -41,7 +28,9 @@ struct GptqResult {
   at::Tensor decoded;      // float32 [out, in], what `stored` decodes to
   bool fell_back = false;  // round-to-nearest was kept: H is not finite, zero or could not be
                            // factored, or GPTQ was worse
-  double error_ratio = 1;  // output error relative to round-to-nearest's, on the judging inputs
+  double error_ratio = 1;   // OutputError relative to round-to-nearest's, on the judging inputs
+  double weight_ratio = 1;  // WeightError likewise
+  double correction = 0;    // share of the correction that was taken
 };
 
 // weight float32 [out, in], hessian [in, in]. The format must have a grid.
@@ -49,16 +38,23 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
                               const at::Tensor& hessian, const SharedScales& shared, DType source,
                               const GptqOptions& options);
 
-// GPTQ by `train`, kept only if its error on `held_out` (on `train` if undefined) is finite and not
-// above that of round-to-nearest.
+// W + a P (H + d I)^-1: the unrounded weight whose outputs are nearest to the source's, d being 1
+// times the mean of H's diagonal, and a the share in [0, 1] that is best on `held_out`. W itself,
+// and a = 0, without a pull or held-out tokens.
+struct CorrectedWeight {
+  at::Tensor weight;
+  double share = 0;
+};
+CorrectedWeight Correct(const at::Tensor& weight, const InputMoments& train,
+                        const InputMoments& held_out);
+
+// GPTQ by `train`, kept only if its output error on `held_out` (on `train` if that has no tokens)
+// is finite and not above that of round-to-nearest.
 Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
-                                 const at::Tensor& train, const at::Tensor& held_out,
+                                 const InputMoments& train, const InputMoments& held_out,
                                  const SharedScales& shared, DType source,
                                  const GptqOptions& options);
 
-// tr(D H D^T) with D = decoded - weight: the summed squared output error over the tokens of H.
-double OutputError(const at::Tensor& decoded, const at::Tensor& weight, const at::Tensor& hessian);
-
 }  // namespace prismaquant
 
-#endif  // PRISMAQUANT_RENDER_GPTQ_H_
+#endif  // PRISMAQUANT_ROUND_GPTQ_H_
