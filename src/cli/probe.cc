@@ -10,7 +10,7 @@ namespace prismaquant {
 namespace {
 
 struct ProbeFlags {
-  std::string source, work, json;
+  std::string source, work, json, cost_render = PlanFlags().cost_render;
   std::vector<std::string> formats;
   CalibrationFlags calibration;
 };
@@ -18,7 +18,11 @@ struct ProbeFlags {
 Status RunProbeCommand(const ProbeFlags& flags) {
   PQ_ASSIGN_OR_RETURN(const auto session,
                       Session::Start(flags.source, flags.work, flags.calibration));
-  PQ_RETURN_IF_ERROR(session->Probe(flags.formats));
+  std::vector<std::string> gptq_formats;
+  if (flags.cost_render == "gptq") {
+    gptq_formats = flags.formats.empty() ? AdmittedFormats({}) : flags.formats;
+  }
+  PQ_RETURN_IF_ERROR(session->Probe(flags.formats, gptq_formats));
   PQ_ASSIGN_OR_RETURN(const Json json,
                       ProbeToJson(session->model(), session->store(), session->loss_tokens()));
   if (flags.json != "-") {
@@ -47,6 +51,11 @@ Command AddProbeCommand(CLI::App& app) {
                    "Formats to price beside nvfp4, fp8, mxfp8 and bf16, which always are")
       ->delimiter(',')
       ->check(CLI::IsMember(FormatNames()));
+  command
+      ->add_option("--cost-render", flags->cost_render,
+                   "gptq: price --formats (default nvfp4, fp8) as GPTQ leaves them too")
+      ->check(CLI::IsMember({"rtn", "gptq"}))
+      ->capture_default_str();
   command->add_option("--json", flags->json, "Write the statistics as JSON; - is standard output");
   return {command, [flags] { return RunProbeCommand(*flags); }};
 }

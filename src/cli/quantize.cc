@@ -49,6 +49,8 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
   for (const std::string& rule : flags.plan.forbid) text += fmt::format(" --forbid '{}'", rule);
   if (flags.plan.kernels != "vllm") text += " --kernels " + flags.plan.kernels;
   if (!flags.plan.cost.empty()) text += " --cost " + flags.plan.cost;
+  if (flags.plan.cost_render != PlanFlags().cost_render)
+    text += " --cost-render " + flags.plan.cost_render;
   if (flags.plan.caption_weight != PartWeights().caption)
     text += fmt::format(" --caption-weight {}", flags.plan.caption_weight);
   if (flags.plan.mtp_weight != PartWeights().mtp)
@@ -80,7 +82,8 @@ Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
     delivery.sweep = std::move(chosen.sweep);
     if (session.labels() == LabelRule::kSampled) delivery.predicted = delivery.plan.losses;
     PQ_ASSIGN_OR_RETURN(delivery.joint, JointLoss(session.model(), session.store(),
-                                                  session.loss_tokens(), delivery.plan.choices));
+                                                  session.loss_tokens(), delivery.plan.choices,
+                                                  CostRounding(flags.plan)));
   }
   PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), delivery.plan.choices));
   return {};
@@ -162,7 +165,10 @@ Status RunQuantize(const QuantizeFlags& flags) {
       .calibration = std::filesystem::path(flags.calibration.file).filename().string()};
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
   if (flags.uniform.empty()) {
-    PQ_RETURN_IF_ERROR(session->Probe(AdmittedFormats(flags.plan)));
+    const std::vector<std::string> formats = AdmittedFormats(flags.plan);
+    const bool gptq = CostRounding(flags.plan) == Rounding::kGptq;
+    PQ_RETURN_IF_ERROR(
+        session->Probe(formats, gptq ? formats : std::vector<std::string>()));
     if (flags.json != "-") PQ_RETURN_IF_ERROR(PrintHeadCosts(*session));
   } else {
     delivery.render.guided = false;

@@ -112,6 +112,12 @@ void PlanFlags::Register(CLI::App& command) {
   command.add_option("--cost", cost, "Cost model (default directional)")
       ->check(CLI::IsMember({"directional", "fisher-trace"}));
   command
+      .add_option("--cost-render", cost_render,
+                  "Errors that the directional cost counts: of weights rounded to nearest, or as "
+                  "GPTQ leaves them (a further pass of the probe)")
+      ->check(CLI::IsMember({"rtn", "gptq"}))
+      ->capture_default_str();
+  command
       .add_option("--preset", preset,
                   "published: formats nvfp4,mxfp8,bf16 and the fisher-trace cost")
       ->check(CLI::IsMember({"published"}));
@@ -128,6 +134,10 @@ void PlanFlags::Register(CLI::App& command) {
   command.add_option("--lm-head", lm_head, "Format of the output projection")
       ->check(CLI::IsMember({"bf16", "fp8", "nvfp4"}))
       ->capture_default_str();
+}
+
+Rounding CostRounding(const PlanFlags& flags) {
+  return flags.cost_render == "gptq" ? Rounding::kGptq : Rounding::kNearest;
 }
 
 std::vector<std::string> AdmittedFormats(const PlanFlags& flags) {
@@ -246,15 +256,18 @@ Status Session::Timed(const std::string& stage, const std::function<Status()>& b
   return {};
 }
 
-Status Session::Probe(const std::vector<std::string>& formats) {
+Status Session::Probe(const std::vector<std::string>& formats,
+                      const std::vector<std::string>& gptq_formats) {
   ProbeOptions options{
       .labels = labels(), .seed = std::stoull(identity_.at("seed")), .compute = compute_};
   std::vector<std::string> names = DefaultPriced();
   names.insert(names.end(), formats.begin(), formats.end());
+  const auto contains = [](const std::vector<std::string>& list, std::string_view name) {
+    return std::find(list.begin(), list.end(), name) != list.end();
+  };
   for (const Format* format : AllFormats()) {
-    if (std::find(names.begin(), names.end(), format->name()) != names.end()) {
-      options.formats.push_back(format);
-    }
+    if (contains(names, format->name())) options.formats.push_back(format);
+    if (contains(gptq_formats, format->name())) options.gptq_formats.push_back(format);
   }
   return Timed("probe", [&] { return RunProbe(*model_, calibration_, options, *store_); });
 }
@@ -313,6 +326,7 @@ Result<Planner> Session::MakePlanner(const PlanFlags& flags, bool with_costs,
   if (with_costs) {
     const UnitCostOptions options{
         .cost = cost == "fisher-trace" ? CostModel::kFisherTrace : CostModel::kDirectional,
+        .rounding = CostRounding(flags),
         .weights = {.caption = flags.caption_weight, .mtp = flags.mtp_weight},
         .rules = Rules(flags)};
     PQ_ASSIGN_OR_RETURN(units, BuildUnitCosts(*model_, *store_, loss_tokens(), options));

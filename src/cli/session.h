@@ -51,12 +51,15 @@ struct PlanFlags {
   bool knee = false;
   std::vector<std::string> formats;
   std::vector<std::string> pin, forbid;
-  std::string kernels = "vllm", cost, preset;
+  std::string kernels = "vllm", cost, cost_render = "rtn", preset;
   double caption_weight = PartWeights().caption, mtp_weight = PartWeights().mtp;
   std::string lm_head = "bf16";
 
   void Register(CLI::App& command);
 };
+
+// Of the weights whose errors a plan with these flags counts.
+Rounding CostRounding(const PlanFlags& flags);
 
 // Formats that a plan with these flags may choose from.
 std::vector<std::string> AdmittedFormats(const PlanFlags& flags);
@@ -95,8 +98,10 @@ class Session {
   const ComputeOptions& compute() const { return compute_; }
   const std::vector<StageTime>& times() const { return times_; }
 
-  // The stages. Each reuses what the store holds. The probe prices the default formats and these.
-  Status Probe(const std::vector<std::string>& formats);
+  // The stages. Each reuses what the store holds. The probe prices the default formats and these,
+  // and, rounded by GPTQ, `gptq_formats`.
+  Status Probe(const std::vector<std::string>& formats,
+               const std::vector<std::string>& gptq_formats);
   // Units by the flags; `choices`, if not null, gives every one of their Linears its format.
   Result<Planner> MakePlanner(const PlanFlags& flags, bool with_costs,
                               const std::map<std::string, std::string>* choices = nullptr);

@@ -36,7 +36,12 @@ class HeadPricer {
       formats_.push_back(format);
       costs_.push_back({.linear = linear.name,
                         .format = std::string(format->name()),
-                        .directional = std::vector<double>(static_cast<size_t>(sequences), 0)});
+                        .directional = std::vector<double>(static_cast<size_t>(sequences), 0),
+                        .squares = std::vector<double>(static_cast<size_t>(sequences), 0)});
+      token_sums_.emplace_back();
+      for (const at::Tensor& squares : grad_squares_) {
+        token_sums_.back().push_back(at::zeros_like(squares));
+      }
     }
   }
 
@@ -46,6 +51,12 @@ class HeadPricer {
       const int64_t rows = std::min(kSliceRows, linear_.out - row);
       PriceSlice(row, weight_.narrow(0, row, rows).to(at::kFloat));
       progress.Advance(rows);
+    }
+    for (size_t i = 0; i < costs_.size(); ++i) {
+      for (size_t n = 0; n < windows_.size(); ++n) {
+        costs_[i].directional[n] = token_sums_[i][n].sum().item<double>();
+        costs_[i].squares[n] = token_sums_[i][n].square().sum().item<double>();
+      }
     }
     HeadStatistics found{.costs = std::move(costs_)};
     for (LinearCost& cost : found.costs) {
@@ -92,7 +103,7 @@ class HeadPricer {
         if (!decoded[i].defined()) continue;
         const at::Tensor x = formats_[i]->QuantizeActivation(window.x, scales_);
         const at::Tensor change = at::matmul(x, decoded[i].t()) - logits;
-        costs_[i].directional[n] += (g * change).sum(-1).sum(at::kDouble).item<double>();
+        token_sums_[i][n] += (g * change).sum(-1);
       }
     }
   }
@@ -104,6 +115,9 @@ class HeadPricer {
   std::vector<at::Tensor> grad_squares_;  // per window and position
   std::vector<const Format*> formats_;
   std::vector<LinearCost> costs_;
+  // s_nf by position, float64: per format and window. Positions have labels of their own, which
+  // makes them the independent parts of s_nf.
+  std::vector<std::vector<at::Tensor>> token_sums_;
 };
 
 }  // namespace

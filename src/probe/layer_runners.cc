@@ -7,15 +7,12 @@
 #include <utility>
 
 namespace prismaquant {
-namespace {
 
 at::Tensor Multiply(const LayerWeights& weights, const std::string& linear, const at::Tensor& x) {
   const at::Tensor& bias = weights.bias.at(linear);
   return at::linear(x, weights.weight.at(linear),
                     bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
 }
-
-}  // namespace
 
 Result<LayerWeights> LayerWeights::Load(const Model& model, int layer,
                                         const ComputeOptions& compute) {
@@ -44,14 +41,14 @@ double MaximaRunner::maximum(const std::string& linear) const {
 }
 
 ProbedRunner::ProbedRunner(const LayerWeights& weights, std::vector<LinearInfo> linears,
-                           const std::map<std::string, SharedScales>& scales,
-                           std::span<const Format* const> formats, int64_t sequences)
+                           const std::map<std::string, SharedScales>& scales, LayerErrors errors,
+                           int64_t sequences)
     : weights_(weights), linears_(std::move(linears)) {
   statistics_.reserve(linears_.size());
   for (const LinearInfo& linear : linears_) {
     index_[linear.name] = static_cast<int>(statistics_.size());
     statistics_.emplace_back(linear, weights.stored.at(linear.name), scales.at(linear.name),
-                             formats, sequences);
+                             std::move(errors[linear.name]), sequences);
   }
 }
 

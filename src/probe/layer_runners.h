@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <map>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -28,6 +27,12 @@ struct LayerWeights {
   static Result<LayerWeights> Load(const Model& model, int layer, const ComputeOptions& compute);
 };
 
+// What is to be priced, by Linear name.
+using LayerErrors = std::map<std::string, std::vector<WeightErrors>>;
+
+// x W^T (+ b) of one of the layer's Linears.
+at::Tensor Multiply(const LayerWeights& weights, const std::string& linear, const at::Tensor& x);
+
 class MaximaRunner : public LinearRunner {
  public:
   explicit MaximaRunner(const LayerWeights& weights) : weights_(weights) {}
@@ -42,10 +47,10 @@ class MaximaRunner : public LinearRunner {
 
 class ProbedRunner : public LinearRunner, public LinearObserver {
  public:
-  // `scales` by Linear name.
+  // `scales` and `errors` by Linear name.
   ProbedRunner(const LayerWeights& weights, std::vector<LinearInfo> linears,
-               const std::map<std::string, SharedScales>& scales,
-               std::span<const Format* const> formats, int64_t sequences);
+               const std::map<std::string, SharedScales>& scales, LayerErrors errors,
+               int64_t sequences);
 
   // What is observed from now on belongs to this sequence.
   void BeginSequence(int64_t sequence) { sequence_ = sequence; }

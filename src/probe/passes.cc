@@ -11,8 +11,10 @@
 namespace prismaquant {
 namespace {
 
-// A list of lists of format names, one per pass.
-constexpr char kPassesNote[] = "formats";
+// A list of {"rounding", "formats"}, one per pass.
+constexpr char kPassesNote[] = "passes";
+constexpr char kNearest[] = "rtn";
+constexpr char kGptq[] = "gptq";
 
 Result<Json> ReadPasses(RunStore& store) {
   PQ_ASSIGN_OR_RETURN(const auto note, store.Note(kPassesNote));
@@ -20,42 +22,47 @@ Result<Json> ReadPasses(RunStore& store) {
   return ParseJson(*note, (store.folder() / kPassesNote).string());
 }
 
-std::set<std::string> NamesOf(const Json& passes) {
-  std::set<std::string> names;
-  for (const Json& pass : passes) {
-    for (const Json& name : pass) names.insert(name.get<std::string>());
-  }
-  return names;
-}
-
-PassFormats PassOf(const Json& names, size_t index) {
+PassFormats PassOf(const Json& json, size_t index) {
   const std::string suffix = index == 0 ? "" : fmt::format("/{}", index);
-  PassFormats pass{.first = index == 0,
+  PassFormats pass{.rounding = json["rounding"] == kGptq ? Rounding::kGptq : Rounding::kNearest,
+                   .first = index == 0,
                    .forward_stage = "forward" + suffix,
                    .head_stage = "head" + suffix,
                    .backward_stage = "backward" + suffix};
-  for (const Json& name : names) {
+  for (const Json& name : json["formats"]) {
     if (const Format* format = FindFormat(name.get<std::string>())) pass.formats.push_back(format);
   }
   return pass;
 }
 
+// Adds a pass for the wanted formats that no pass of this rounding has.
+void AddMissing(const std::string& rounding, const std::vector<const Format*>& wanted, Json& passes) {
+  std::set<std::string> known;
+  for (const Json& pass : passes) {
+    if (pass["rounding"] != rounding) continue;
+    for (const Json& name : pass["formats"]) known.insert(name.get<std::string>());
+  }
+  Json missing = Json::array();
+  for (const Format* format : AllFormats()) {
+    const bool asked = std::find(wanted.begin(), wanted.end(), format) != wanted.end();
+    const bool can = rounding != kGptq || format->grid() != Grid::kNone;
+    if (asked && can && known.count(std::string(format->name())) == 0) {
+      missing.push_back(format->name());
+    }
+  }
+  if (!missing.empty()) passes.push_back({{"rounding", rounding}, {"formats", missing}});
+}
+
 }  // namespace
 
 Result<std::vector<PassFormats>> PlanPasses(RunStore& store,
-                                            const std::vector<const Format*>& wanted) {
+                                            const std::vector<const Format*>& nearest,
+                                            const std::vector<const Format*>& gptq) {
   PQ_ASSIGN_OR_RETURN(Json passes, ReadPasses(store));
-  const std::set<std::string> known = NamesOf(passes);
-  Json missing = Json::array();
-  for (const Format* format : AllFormats()) {
-    const bool asked =
-        wanted.empty() || std::find(wanted.begin(), wanted.end(), format) != wanted.end();
-    if (asked && known.count(std::string(format->name())) == 0) missing.push_back(format->name());
-  }
-  if (!missing.empty()) {
-    passes.push_back(missing);
-    PQ_RETURN_IF_ERROR(store.PutNote(kPassesNote, passes.dump()));
-  }
+  const size_t before = passes.size();
+  AddMissing(kNearest, nearest, passes);
+  AddMissing(kGptq, gptq, passes);
+  if (passes.size() > before) PQ_RETURN_IF_ERROR(store.PutNote(kPassesNote, passes.dump()));
   std::vector<PassFormats> planned;
   for (size_t i = 0; i < passes.size(); ++i) planned.push_back(PassOf(passes[i], i));
   return planned;

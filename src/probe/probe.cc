@@ -15,6 +15,7 @@
 #include "formats/torch_guard.h"
 #include "model/sequences.h"
 #include "probe/blob_tensors.h"
+#include "probe/gptq_errors.h"
 #include "probe/head_costs.h"
 #include "probe/layer_runners.h"
 #include "probe/loss.h"
@@ -26,6 +27,8 @@ namespace {
 
 constexpr char kHiddenFolder[] = "hidden";
 constexpr char kGradientFolder[] = "gradient";
+// A token's weight relative to the mean is cut here, so that a few tokens do not make up a Hessian.
+constexpr double kLargestTokenWeight = 10;
 
 // The hidden states before `layer` of a part, or, if it is the part's end, after its last one.
 std::string HiddenBlob(const PartLayers& part, int layer) {
@@ -48,9 +51,10 @@ bool AllFinite(const LinearStats& stats) {
 }
 
 bool AllFinite(const LinearCost& cost) {
-  return std::isfinite(cost.weight_mse) &&
-         std::all_of(cost.directional.begin(), cost.directional.end(),
-                     [](double s) { return std::isfinite(s); });
+  const auto finite = [](const std::vector<double>& values) {
+    return std::all_of(values.begin(), values.end(), [](double v) { return std::isfinite(v); });
+  };
+  return std::isfinite(cost.weight_mse) && finite(cost.directional) && finite(cost.squares);
 }
 
 // One pass over all parts that prices some formats. Leaves its hidden states and gradients.
@@ -175,6 +179,7 @@ class ProbePass {
     if (part.part != Part::kText || model_.FindPart(Part::kHead) == nullptr) {
       return store_.Commit(pass_.head_stage, part.first);
     }
+    if (pass_.rounding != Rounding::kNearest) return store_.Commit(pass_.head_stage, part.first);
     PQ_ASSIGN_OR_RETURN(const HeadStatistics found, PriceHead(model_, *head, calibration_, hidden,
                                                               losses, options_, pass_.formats));
     PQ_RETURN_IF_ERROR(RequireFinite({found.stats}, found.costs));
@@ -228,6 +233,30 @@ class ProbePass {
     return scales;
   }
 
+  // The errors that this pass prices.
+  Result<LayerErrors> Errors(const PartLayers& part, int layer, const DecoderLayer& block,
+                             const LayerWeights& weights,
+                             const std::map<std::string, SharedScales>& scales,
+                             const StoredSequences& inputs) {
+    const std::vector<LinearInfo> linears = model_.LayerLinears(layer);
+    if (pass_.rounding == Rounding::kNearest) {
+      LayerErrors errors;
+      for (const LinearInfo& linear : linears) {
+        errors[linear.name] = NearestErrors(linear, weights.stored.at(linear.name),
+                                            scales.at(linear.name), pass_.formats);
+      }
+      return errors;
+    }
+    const at::NoGradGuard no_grad;
+    PQ_ASSIGN_OR_RETURN(auto token_weights, LoadTokenWeights(store_, layer));
+    MomentsRunner runner(weights, scales, std::move(token_weights), pass_.formats);
+    for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
+      runner.BeginSequence(n);
+      RunLayer(block, sequences_.Context(part.part, n), inputs.of(n), runner);
+    }
+    return runner.Errors(linears);
+  }
+
   Status BackwardLayer(const PartLayers& part, int layer) {
     PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
     PQ_ASSIGN_OR_RETURN(const LayerWeights weights,
@@ -238,7 +267,9 @@ class ProbePass {
                         StoredSequences::Open(store_, HiddenBlob(part, layer)));
     PQ_ASSIGN_OR_RETURN(const StoredSequences upstream,
                         StoredSequences::Open(store_, GradientBlob(part, layer + 1)));
-    ProbedRunner runner(weights, model_.LayerLinears(layer), scales, pass_.formats,
+    PQ_ASSIGN_OR_RETURN(LayerErrors errors,
+                        Errors(part, layer, *block, weights, scales, inputs));
+    ProbedRunner runner(weights, model_.LayerLinears(layer), scales, std::move(errors),
                         calibration_.count());
     std::vector<at::Tensor> gradients;
     for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
@@ -304,7 +335,10 @@ Status RunPasses(const Model& model, const Calibration& calibration, const Probe
                  RunStore& store) {
   PQ_ASSIGN_OR_RETURN(const Sequences sequences,
                       Sequences::Make(model, calibration, options.compute));
-  PQ_ASSIGN_OR_RETURN(const std::vector<PassFormats> passes, PlanPasses(store, options.formats));
+  std::vector<const Format*> nearest = options.formats;
+  if (nearest.empty()) nearest.assign(AllFormats().begin(), AllFormats().end());
+  PQ_ASSIGN_OR_RETURN(const std::vector<PassFormats> passes,
+                      PlanPasses(store, nearest, options.gptq_formats));
   for (const PassFormats& pass : passes) {
     PQ_RETURN_IF_ERROR(ProbePass(model, calibration, sequences, options, pass, store).Run());
   }
@@ -319,6 +353,17 @@ Status RunPasses(const Model& model, const Calibration& calibration, const Probe
 }  // namespace
 
 std::string TokenWeightBlob(int64_t layer) { return fmt::format("token_weight/{}", layer); }
+
+Result<std::map<std::string, at::Tensor>> LoadTokenWeights(const RunStore& store, int64_t layer) {
+  PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store.Blob(TokenWeightBlob(layer)));
+  std::map<std::string, at::Tensor> all;
+  for (const TensorView& view : file.tensors()) {
+    const at::Tensor weights = TensorFromView(view);
+    all[view.name] =
+        (weights / weights.mean().clamp_min(1e-30)).clamp_max(kLargestTokenWeight).clone();
+  }
+  return all;
+}
 
 LossTokens CountLossTokens(const Model& model, const Calibration& calibration, LabelRule labels) {
   LossTokens tokens{.windows = calibration.text.count()};

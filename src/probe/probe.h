@@ -14,7 +14,10 @@
 // loss and its gradient), "backward" (statistics, from the last layer to the first). A finished
 // stage is reused. Formats that are asked for later are priced by a further pass of all stages.
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -36,6 +39,9 @@ struct ProbeOptions {
   LabelRule labels = LabelRule::kSampled;
   uint64_t seed = 0;
   std::vector<const Format*> formats = {};  // to price; empty: all
+  // To price rounded by GPTQ too, with its default options; formats without a grid have no such
+  // cost.
+  std::vector<const Format*> gptq_formats = {};
   ComputeOptions compute;
 };
 
@@ -57,6 +63,8 @@ LossTokens CountLossTokens(const Model& model, const Calibration& calibration, L
 // Name of the probe's blob of a layer: per Linear but the experts', which see other tokens when the
 // model before them is quantized, |g_t|^2 of its tokens, all sequences joined.
 std::string TokenWeightBlob(int64_t layer);
+// Its content as weights of tokens in a Hessian, by Linear: over their mean, and cut at 10.
+Result<std::map<std::string, at::Tensor>> LoadTokenWeights(const RunStore& store, int64_t layer);
 
 }  // namespace prismaquant
 

@@ -78,6 +78,7 @@ void ExpectSame(RunStore& a, RunStore& b) {
   for (const auto& [linear, formats] : costs_a) {
     for (const auto& [format, cost] : formats) {
       EXPECT_EQ(cost.directional, costs_b.at(linear).at(format).directional) << linear;
+      EXPECT_EQ(cost.squares, costs_b.at(linear).at(format).squares) << linear;
     }
   }
 }
@@ -116,7 +117,7 @@ TEST_F(ProbeTest, AFinishedProbeIsReusedAndItsTemporaryFilesAreGone) {
   EXPECT_EQ(folder_.List(), files);
 }
 
-TEST_F(ProbeTest, UnitsSumTheirMembersBeforeSquaring) {
+TEST_F(ProbeTest, UnitsSumTheirMembersSquares) {
   RunStore store = Store("work");
   ASSERT_TRUE(Run(store).ok());
   const auto costs = store.Costs().value();
@@ -130,12 +131,12 @@ TEST_F(ProbeTest, UnitsSumTheirMembersBeforeSquaring) {
     for (const UnitFormat& format : unit.formats) {
       std::vector<double> squares;
       for (size_t n = 0; n < 5; ++n) {
-        double s = 0;
+        double q = 0;
         for (const std::string& linear : unit.linears) {
-          ASSERT_EQ(costs.at(linear).at(format.format).directional.size(), 5U) << linear;
-          s += costs.at(linear).at(format.format).directional[n];
+          ASSERT_EQ(costs.at(linear).at(format.format).squares.size(), 5U) << linear;
+          q += costs.at(linear).at(format.format).squares[n];
         }
-        squares.push_back(s * s / 2);
+        squares.push_back(q / 2);
       }
       const double windows = squares[0] + squares[1] + squares[2];
       const double captions = squares[3] + squares[4];
@@ -180,6 +181,32 @@ TEST_F(ProbeTest, FormatsThatAreAskedForLaterArePricedAlike) {
   for (const auto& [linear, formats] : after) {
     EXPECT_EQ(formats.at("nvfp4").directional, before.at(linear).at("nvfp4").directional);
   }
+}
+
+TEST_F(ProbeTest, GptqIsPricedByAFurtherPassThatLeavesTheRestAlone) {
+  RunStore store = Store("work");
+  const std::vector<const Format*> formats = {FindFormat("nvfp4"), FindFormat("bf16")};
+  ASSERT_TRUE(Run(store, formats).ok());
+  const auto before = store.Costs().value();
+  ProbeOptions options{.formats = formats, .gptq_formats = formats};
+  ASSERT_TRUE(RunProbe(*model_, calibration_, options, store).ok());
+  const auto after = store.Costs().value();
+  const auto gptq = store.Costs(Rounding::kGptq).value();
+  const auto in_sample = store.Costs(Rounding::kGptqInSample).value();
+  int64_t priced = 0;
+  for (const LinearInfo& linear : model_->linears()) {
+    if (before.count(linear.name) == 0 || before.at(linear.name).count("nvfp4") == 0) continue;
+    EXPECT_EQ(after.at(linear.name).at("nvfp4").squares,
+              before.at(linear.name).at("nvfp4").squares);
+    if (linear.part == Part::kHead) continue;
+    ASSERT_EQ(gptq.at(linear.name).size(), 1U) << linear.name;
+    ASSERT_EQ(in_sample.at(linear.name).size(), 1U) << linear.name;
+    const LinearCost& cost = gptq.at(linear.name).at("nvfp4");
+    EXPECT_EQ(cost.squares.size(), before.at(linear.name).at("nvfp4").squares.size());
+    priced += cost.squares != before.at(linear.name).at("nvfp4").squares;
+  }
+  EXPECT_GT(priced, 10);
+  EXPECT_EQ(gptq.count("lm_head"), 0U);
 }
 
 TEST_F(ProbeTest, TheOutputProjectionIsPricedByItsLogits) {

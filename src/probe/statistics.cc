@@ -2,12 +2,27 @@
 
 #include <torch/torch.h>
 
+#include <utility>
+
 namespace prismaquant {
 namespace {
 
 // Products are summed along rows in float32 (pairwise, by ATen) and the row sums in float64.
 double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
   return (a * b).sum(-1).sum(at::kDouble).item<double>();
+}
+
+// Of the parts of a sum.
+struct Parts {
+  double sum = 0, squares = 0;
+};
+Parts PartsOf(const at::Tensor& parts) {
+  const at::Tensor wide = parts.to(at::kDouble);
+  return {.sum = wide.sum().item<double>(), .squares = wide.square().sum().item<double>()};
+}
+
+double MeanSquare(const at::Tensor& error) {
+  return error.defined() ? InnerProduct(error, error) / static_cast<double>(error.numel()) : 0;
 }
 
 }  // namespace
@@ -28,32 +43,34 @@ const at::Tensor& ActivationErrors::Error(const Format& format, const SharedScal
   return error;
 }
 
-LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& weight,
-                                   const SharedScales& scales,
-                                   std::span<const Format* const> formats, int64_t sequences)
-    : scales_(scales) {
-  stats_.name = linear.name;
-  stats_.layer = linear.layer;
+std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tensor& weight,
+                                        const SharedScales& scales,
+                                        std::span<const Format* const> formats) {
+  std::vector<WeightErrors> errors;
+  if (!linear.allocatable) return errors;
   const at::Tensor weight_f32 = weight.to(at::kFloat);
-  stats_.weight_amax = weight_f32.abs().max().item<double>();
-  stats_.input_amax = scales.input_amax;
-  if (!linear.allocatable) return;
   for (const Format* format : formats) {
     if (!format->Supports(linear.out, linear.in)) continue;
-    formats_.push_back(format);
-    costs_.push_back({.linear = linear.name,
-                      .format = std::string(format->name()),
-                      .weight_mse = 0,
-                      .directional = std::vector<double>(static_cast<size_t>(sequences), 0)});
-    if (format == &SourceFormat()) {
-      weight_errors_.emplace_back();
-      continue;
-    }
+    WeightErrors& entry = errors.emplace_back();
+    entry.format = format;
+    if (format == &SourceFormat()) continue;
     const at::Tensor error =
         format->Decode(format->Encode(weight_f32, scales, linear.dtype)) - weight_f32;
-    costs_.back().weight_mse = InnerProduct(error, error) / static_cast<double>(weight_f32.numel());
-    weight_errors_.push_back(error);
+    entry.of_half = {error, error};
   }
+  return errors;
+}
+
+LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& weight,
+                                   const SharedScales& scales, std::vector<WeightErrors> errors,
+                                   int64_t sequences)
+    : scales_(scales), errors_(std::move(errors)) {
+  stats_.name = linear.name;
+  stats_.layer = linear.layer;
+  stats_.weight_amax = weight.to(at::kFloat).abs().max().item<double>();
+  stats_.input_amax = scales.input_amax;
+  sums_.assign(errors_.size(), Sums(sequences));
+  in_sample_ = sums_;
 }
 
 void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g,
@@ -65,22 +82,50 @@ void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const 
   stats_.tokens += g.size(0);
   stats_.grad_square += grad_squares.sum(at::kDouble).item<double>();
   stats_.fisher_trace += (grad_squares * x_f32.square().sum(-1)).sum(at::kDouble).item<double>();
-  if (formats_.empty()) return;
+  if (errors_.empty()) return;
 
   const at::Tensor weight_gradient = at::matmul(g_f32.t(), x_f32);
   const at::Tensor dx_f32 = dx.to(at::kFloat);
-  for (size_t i = 0; i < formats_.size(); ++i) {
-    double s = 0;
-    if (weight_errors_[i].defined()) s += InnerProduct(weight_gradient, weight_errors_[i]);
-    if (formats_[i]->quantizes_activations())
-      s += InnerProduct(dx_f32, activations.Error(*formats_[i], scales_));
-    costs_[i].directional[static_cast<size_t>(sequence)] = s;
+  const auto n = static_cast<size_t>(sequence);
+  const size_t half = n % 2;
+  for (size_t i = 0; i < errors_.size(); ++i) {
+    const WeightErrors& error = errors_[i];
+    const Parts inputs =
+        error.format->quantizes_activations()
+            ? PartsOf((dx_f32 * activations.Error(*error.format, scales_)).sum(0))
+            : Parts();
+    const auto put = [&](const at::Tensor& of_weight, Sums& sums) {
+      const Parts rows =
+          of_weight.defined() ? PartsOf((weight_gradient * of_weight).sum(-1)) : Parts();
+      sums.directional[n] = rows.sum + inputs.sum;
+      sums.squares[n] = rows.squares + inputs.squares;
+    };
+    put(error.of_half[half], sums_[i]);
+    if (error.cross_fitted()) put(error.of_half[1 - half], in_sample_[i]);
   }
 }
 
 LinearStats LinearStatistics::Stats() const { return stats_; }
 
-std::vector<LinearCost> LinearStatistics::Costs() const { return costs_; }
+std::vector<LinearCost> LinearStatistics::Costs() const {
+  std::vector<LinearCost> costs;
+  for (size_t i = 0; i < errors_.size(); ++i) {
+    const WeightErrors& error = errors_[i];
+    LinearCost cost{.linear = stats_.name,
+                    .format = std::string(error.format->name()),
+                    .rounding = error.cross_fitted() ? Rounding::kGptq : Rounding::kNearest,
+                    .weight_mse = (MeanSquare(error.of_half[0]) + MeanSquare(error.of_half[1])) / 2,
+                    .directional = sums_[i].directional,
+                    .squares = sums_[i].squares};
+    costs.push_back(cost);
+    if (!error.cross_fitted()) continue;
+    cost.rounding = Rounding::kGptqInSample;
+    cost.directional = in_sample_[i].directional;
+    cost.squares = in_sample_[i].squares;
+    costs.push_back(std::move(cost));
+  }
+  return costs;
+}
 
 at::Tensor LinearStatistics::TokenWeights() const {
   return token_weights_.empty() ? at::empty({0}) : at::cat(token_weights_);

@@ -6,14 +6,21 @@
 //
 // directional: per calibration sequence n and format f with weight error dW = W_f - W and
 // activation error
-//   dx_f = Q_f(x) - x,   s_nf = < sum_t g_t x_t^T, dW > + sum_t < W^T g_t, dx_f >.
+//   dx_f = Q_f(x) - x,   s_nf = < sum_t g_t x_t^T, dW > + sum_t < W^T g_t, dx_f >,
+// and q_nf, the squares of the parts of this sum whose errors are independent of each other: those
+// of the rows of dW and of the columns of dx_f, summed.
 // fisher-trace: sum_t |g_t|^2 |x_t|^2.
+//
+// A weight that was rounded by inputs of the calibration is priced on sequences that it was not
+// rounded by: sequence n belongs to half n % 2, and each half has the error that the other one's
+// inputs led to (docs/cost-models.md).
 //
 // A sequence none of whose tokens reached the Linear has s_nf = 0. All sums are in float64 over
 // blocks that are summed in float32. One thread feeds it, sequence by sequence.
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <span>
@@ -40,28 +47,49 @@ class ActivationErrors {
   std::map<const Format*, at::Tensor> errors_;
 };
 
+// dW of one format, float32 [out, in].
+struct WeightErrors {
+  const Format* format = nullptr;
+  // By the half of the sequences that it prices; both the same tensor if no inputs were used,
+  // undefined if there is no error.
+  std::array<at::Tensor, 2> of_half;
+  bool cross_fitted() const { return of_half[0].defined() && !of_half[0].is_same(of_half[1]); }
+};
+
+// Of rounding to nearest, for every format that can hold the weight [out, in]; none for a Linear
+// that is not to be allocated.
+std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tensor& weight,
+                                        const SharedScales& scales,
+                                        std::span<const Format* const> formats);
+
 class LinearStatistics {
  public:
-  // `weight` [out, in] as stored; `sequences`: how many there are. Formats that cannot hold the
-  // weight are left out.
+  // `weight` [out, in] as stored; `sequences`: how many there are. Prices what `errors` has.
   LinearStatistics(const LinearInfo& linear, const at::Tensor& weight, const SharedScales& scales,
-                   std::span<const Format* const> formats, int64_t sequences);
+                   std::vector<WeightErrors> errors, int64_t sequences);
 
   // One sequence: x [tokens, in], g [tokens, out], dx [tokens, in].
   void AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx,
                    ActivationErrors& activations);
 
   LinearStats Stats() const;
+  // Of cross-fitted errors, those in sample too.
   std::vector<LinearCost> Costs() const;
   // |g_t|^2 for all tokens so far, float32 [tokens].
   at::Tensor TokenWeights() const;
 
  private:
+  // Of one format and one way to round, per sequence.
+  struct Sums {
+    std::vector<double> directional, squares;
+    explicit Sums(int64_t sequences)
+        : directional(static_cast<size_t>(sequences), 0), squares(directional) {}
+  };
+
   SharedScales scales_;
   LinearStats stats_;
-  std::vector<const Format*> formats_;
-  std::vector<at::Tensor> weight_errors_;  // float32 [out, in], per format
-  std::vector<LinearCost> costs_;
+  std::vector<WeightErrors> errors_;
+  std::vector<Sums> sums_, in_sample_;  // as errors_
   std::vector<at::Tensor> token_weights_;
 };
 

@@ -64,7 +64,8 @@ TEST(LinearStatistics, AreTheDefinitionsOfTheCostModels) {
   const at::Tensor weight = torch::randn({kOut, kIn});
   const SharedScales scales{.weight_amax = weight.abs().max().item<double>() * 1.5,
                             .input_amax = 4};
-  LinearStatistics statistics(MakeLinear(kIn), weight, scales, AllFormats(), 3);
+  LinearStatistics statistics(MakeLinear(kIn), weight, scales,
+                              NearestErrors(MakeLinear(kIn), weight, scales, AllFormats()), 3);
   ActivationErrors activations;
   const Sequence sequences[] = {MakeSequence(kIn), MakeSequence(kIn), MakeSequence(kIn)};
   double trace = 0, squares = 0;
@@ -106,8 +107,9 @@ TEST(LinearStatistics, AreTheDefinitionsOfTheCostModels) {
 TEST(LinearStatistics, AFormatThatCannotHoldTheWeightHasNoCost) {
   for (const int64_t in : {17, 48}) {
     const at::Tensor weight = torch::randn({kOut, in});
-    LinearStatistics statistics(MakeLinear(in), weight, {.weight_amax = 3, .input_amax = 3},
-                                AllFormats(), 1);
+    const SharedScales scales{.weight_amax = 3, .input_amax = 3};
+    LinearStatistics statistics(MakeLinear(in), weight, scales,
+                                NearestErrors(MakeLinear(in), weight, scales, AllFormats()), 1);
     ActivationErrors activations;
     const Sequence s = MakeSequence(in);
     statistics.AddSequence(0, s.x, s.g, at::matmul(s.g, weight), activations);
@@ -122,8 +124,9 @@ TEST(LinearStatistics, ASequenceThatDidNotReachTheLinearCostsNothing) {
   torch::manual_seed(2);
   const at::Tensor weight = torch::randn({kOut, kIn});
   const std::vector<const Format*> formats = {FindFormat("nvfp4"), FindFormat("bf16")};
-  LinearStatistics statistics(MakeLinear(kIn), weight, {.weight_amax = 3, .input_amax = 3}, formats,
-                              3);
+  const SharedScales scales{.weight_amax = 3, .input_amax = 3};
+  LinearStatistics statistics(MakeLinear(kIn), weight, scales,
+                              NearestErrors(MakeLinear(kIn), weight, scales, formats), 3);
   ActivationErrors activations;
   const Sequence s = MakeSequence(kIn);
   statistics.AddSequence(1, s.x, s.g, at::matmul(s.g, weight), activations);
@@ -133,6 +136,32 @@ TEST(LinearStatistics, ASequenceThatDidNotReachTheLinearCostsNothing) {
     EXPECT_EQ(cost.directional[0], 0);
     EXPECT_EQ(cost.directional[2], 0);
     EXPECT_EQ(cost.directional[1] != 0, cost.format == "nvfp4");
+  }
+}
+
+TEST(LinearStatistics, PricesEachHalfWithTheErrorOfTheOther) {
+  torch::manual_seed(3);
+  const at::Tensor weight = torch::randn({kOut, kIn});
+  const SharedScales scales{.weight_amax = 3, .input_amax = 3};
+  const Format& format = *FindFormat("int8");  // leaves activations alone
+  const std::array<at::Tensor, 2> errors = {torch::randn({kOut, kIn}), torch::randn({kOut, kIn})};
+  LinearStatistics statistics(MakeLinear(kIn), weight, scales, {{&format, errors}}, 4);
+  ActivationErrors activations;
+  std::vector<Sequence> sequences;
+  for (int64_t n = 0; n < 4; ++n) {
+    const Sequence s = sequences.emplace_back(MakeSequence(kIn));
+    statistics.AddSequence(n, s.x, s.g, at::matmul(s.g, weight), activations);
+  }
+  const std::vector<LinearCost> costs = statistics.Costs();
+  ASSERT_EQ(costs.size(), 2U);
+  EXPECT_EQ(costs[0].rounding, Rounding::kGptq);
+  EXPECT_EQ(costs[1].rounding, Rounding::kGptqInSample);
+  for (size_t n = 0; n < 4; ++n) {
+    const at::Tensor zero = at::zeros_like(sequences[n].x);
+    const double fitted = NaiveDirectional(weight, errors[n % 2], zero, sequences[n]);
+    const double in_sample = NaiveDirectional(weight, errors[1 - n % 2], zero, sequences[n]);
+    EXPECT_NEAR(costs[0].directional[n], fitted, 1e-4 * (1 + std::abs(fitted)));
+    EXPECT_NEAR(costs[1].directional[n], in_sample, 1e-4 * (1 + std::abs(in_sample)));
   }
 }
 
@@ -153,7 +182,9 @@ TEST(LinearStatistics, AnUnquantizedLinearHasStatisticsButNoCosts) {
   LinearInfo linear = MakeLinear(kIn);
   linear.allocatable = false;
   const at::Tensor weight = torch::randn({kOut, kIn});
-  LinearStatistics statistics(linear, weight, {.weight_amax = 3, .input_amax = 3}, AllFormats(), 1);
+  const SharedScales scales{.weight_amax = 3, .input_amax = 3};
+  LinearStatistics statistics(linear, weight, scales,
+                              NearestErrors(linear, weight, scales, AllFormats()), 1);
   ActivationErrors activations;
   const Sequence s = MakeSequence(kIn);
   statistics.AddSequence(0, s.x, s.g, at::matmul(s.g, weight), activations);

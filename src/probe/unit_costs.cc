@@ -3,13 +3,34 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "formats/format.h"
 
 namespace prismaquant {
 namespace {
 
-using CostTable = std::map<std::string, std::map<std::string, LinearCost>>;
+// Linear -> format -> cost.
+struct CostTable {
+  std::map<std::string, std::map<std::string, LinearCost>> rows;
+  Rounding rounding = Rounding::kNearest;
+};
+
+Result<CostTable> LoadCosts(const Model& model, RunStore& store, Rounding rounding) {
+  CostTable table{.rows = {}, .rounding = rounding};
+  PQ_ASSIGN_OR_RETURN(table.rows, store.Costs());
+  if (rounding == Rounding::kNearest) return table;
+  PQ_ASSIGN_OR_RETURN(auto rounded, store.Costs(rounding));
+  for (const LinearInfo& linear : model.linears()) {
+    if (linear.part == Part::kHead || !linear.allocatable) continue;
+    auto& row = table.rows[linear.name];
+    std::erase_if(row, [](const auto& cell) {
+      return FindFormat(cell.first)->grid() != Grid::kNone;
+    });
+    row.merge(rounded[linear.name]);
+  }
+  return table;
+}
 
 bool IsAllocated(const LinearInfo& linear, const UnitRules& rules) {
   if (linear.part == Part::kHead) return rules.head != nullptr;
@@ -72,14 +93,15 @@ UnitCosts DescribeUnit(const std::vector<LinearInfo>& members, const UnitRules& 
 
 Result<const LinearCost*> FindCost(const CostTable& costs, const std::string& linear,
                                    const std::string& format) {
-  const auto row = costs.find(linear);
-  if (row != costs.end()) {
+  const auto row = costs.rows.find(linear);
+  if (row != costs.rows.end()) {
     const auto cell = row->second.find(format);
     if (cell != row->second.end()) return &cell->second;
   }
   return Status::InvalidInput(
-      fmt::format("the run store has no cost of {} for {}; run `prismaquant probe --formats {}`",
-                  format, linear, format));
+      fmt::format("the run store has no cost of {} for {}; run `prismaquant probe --formats {}{}`",
+                  format, linear, format,
+                  costs.rounding == Rounding::kNearest ? "" : " --cost-render gptq"));
 }
 
 std::map<std::string, Part> PartsByName(const Model& model) {
@@ -88,19 +110,29 @@ std::map<std::string, Part> PartsByName(const Model& model) {
   return parts;
 }
 
-// Adds s_n of one Linear to the sums over a set of them.
-void AddTo(std::vector<double>& sums, const std::vector<double>& directional) {
-  if (directional.size() > sums.size()) sums.resize(directional.size(), 0);
-  for (size_t n = 0; n < directional.size(); ++n) sums[n] += directional[n];
+// Adds what one Linear has per sequence to the sums over a set of them.
+void AddTo(std::vector<double>& sums, const std::vector<double>& values) {
+  if (values.size() > sums.size()) sums.resize(values.size(), 0);
+  for (size_t n = 0; n < values.size(); ++n) sums[n] += values[n];
 }
 
-// Half the mean square of s_n over the sequences [first, end).
-double HalfMeanSquare(const std::vector<double>& sums, size_t first, size_t end, int64_t tokens) {
-  double squares = 0;
-  for (size_t n = first; n < std::min(end, sums.size()); ++n) squares += sums[n] * sums[n];
-  return tokens == 0 ? 0 : squares / 2 / static_cast<double>(tokens);
+// Half the sum of squares of the sequences [first, end), per token.
+double HalfMean(const std::vector<double>& squares, size_t first, size_t end, int64_t tokens) {
+  double sum = 0;
+  for (size_t n = first; n < std::min(end, squares.size()); ++n) sum += squares[n];
+  return tokens == 0 ? 0 : sum / 2 / static_cast<double>(tokens);
 }
 
+// `main`, `mtp`: squares per sequence.
+PartLosses Losses(const std::vector<double>& main, const std::vector<double>& mtp,
+                  const LossTokens& tokens) {
+  const auto windows = static_cast<size_t>(tokens.windows);
+  return {.text = HalfMean(main, 0, windows, tokens.text),
+          .caption = HalfMean(main, windows, main.size(), tokens.caption),
+          .mtp = HalfMean(mtp, 0, windows, tokens.mtp)};
+}
+
+// The sum of what the Linears lose on their own.
 Result<PartLosses> DirectionalLosses(const CostTable& costs,
                                      const std::map<std::string, std::string>& choices,
                                      const std::map<std::string, Part>& parts,
@@ -108,12 +140,13 @@ Result<PartLosses> DirectionalLosses(const CostTable& costs,
   std::vector<double> main, mtp;
   for (const auto& [linear, format] : choices) {
     PQ_ASSIGN_OR_RETURN(const LinearCost* cost, FindCost(costs, linear, format));
-    AddTo(parts.at(linear) == Part::kMtp ? mtp : main, cost->directional);
+    AddTo(parts.at(linear) == Part::kMtp ? mtp : main, cost->squares);
   }
-  const auto windows = static_cast<size_t>(tokens.windows);
-  return PartLosses{.text = HalfMeanSquare(main, 0, windows, tokens.text),
-                    .caption = HalfMeanSquare(main, windows, main.size(), tokens.caption),
-                    .mtp = HalfMeanSquare(mtp, 0, windows, tokens.mtp)};
+  return Losses(main, mtp, tokens);
+}
+
+void Square(std::vector<double>& values) {
+  for (double& value : values) value *= value;
 }
 
 // Per token of the losses that a Linear moves.
@@ -132,6 +165,12 @@ PartLosses FisherTraceLosses(const LinearStats& stats, const LinearCost& cost, P
   if (part == Part::kMtp) return {.mtp = loss};
   if (part == Part::kVision) return {.caption = loss};
   return {.text = loss};
+}
+
+// The loss that a Linear of this part moves above all.
+double OwnLoss(const PartLosses& losses, Part part) {
+  if (part == Part::kMtp) return losses.mtp;
+  return part == Part::kVision ? losses.caption : losses.text;
 }
 
 double Weighted(const PartLosses& losses, const PartWeights& weights) {
@@ -158,7 +197,7 @@ std::vector<UnitCosts> UnitsWithoutCosts(const Model& model, const UnitRules& ru
 Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& store,
                                               const LossTokens& tokens,
                                               const UnitCostOptions& options) {
-  PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
+  PQ_ASSIGN_OR_RETURN(const CostTable costs, LoadCosts(model, store, options.rounding));
   PQ_ASSIGN_OR_RETURN(const auto stats, StatsByName(store));
   const auto parts = PartsByName(model);
   std::vector<UnitCosts> units = UnitsWithoutCosts(model, options.rules);
@@ -185,19 +224,28 @@ Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& stor
 }
 
 Result<PartLosses> JointLoss(const Model& model, RunStore& store, const LossTokens& tokens,
-                             const std::map<std::string, std::string>& choices) {
-  PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
-  return DirectionalLosses(costs, choices, PartsByName(model), tokens);
+                             const std::map<std::string, std::string>& choices,
+                             Rounding rounding) {
+  PQ_ASSIGN_OR_RETURN(const CostTable costs, LoadCosts(model, store, rounding));
+  const auto parts = PartsByName(model);
+  std::vector<double> main, mtp;
+  for (const auto& [linear, format] : choices) {
+    PQ_ASSIGN_OR_RETURN(const LinearCost* cost, FindCost(costs, linear, format));
+    AddTo(parts.at(linear) == Part::kMtp ? mtp : main, cost->directional);
+  }
+  Square(main);
+  Square(mtp);
+  return Losses(main, mtp, tokens);
 }
 
 Result<std::map<std::string, PartLosses>> LinearLosses(const Model& model, RunStore& store,
                                                        const LossTokens& tokens,
                                                        const std::string& linear) {
-  PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
+  PQ_ASSIGN_OR_RETURN(const CostTable costs, LoadCosts(model, store, Rounding::kNearest));
   const auto parts = PartsByName(model);
   std::map<std::string, PartLosses> losses;
-  const auto row = costs.find(linear);
-  if (row == costs.end()) return losses;
+  const auto row = costs.rows.find(linear);
+  if (row == costs.rows.end()) return losses;
   for (const auto& [format, cost] : row->second) {
     PQ_ASSIGN_OR_RETURN(losses[format],
                         DirectionalLosses(costs, {{linear, format}}, parts, tokens));
@@ -206,7 +254,15 @@ Result<std::map<std::string, PartLosses>> LinearLosses(const Model& model, RunSt
 }
 
 Result<Json> ProbeToJson(const Model& model, RunStore& store, const LossTokens& tokens) {
-  PQ_ASSIGN_OR_RETURN(const CostTable costs, store.Costs());
+  PQ_ASSIGN_OR_RETURN(const CostTable costs, LoadCosts(model, store, Rounding::kNearest));
+  const std::pair<const char*, Rounding> further[] = {{"directional_gptq", Rounding::kGptq},
+                                                      {"directional_gptq_in_sample",
+                                                       Rounding::kGptqInSample}};
+  std::map<const char*, CostTable> rounded;
+  for (const auto& [key, rounding] : further) {
+    rounded[key].rounding = rounding;
+    PQ_ASSIGN_OR_RETURN(rounded[key].rows, store.Costs(rounding));
+  }
   PQ_ASSIGN_OR_RETURN(const auto stats, StatsByName(store));
   const auto parts = PartsByName(model);
   Json json = {{"schema", 1},
@@ -226,20 +282,24 @@ Result<Json> ProbeToJson(const Model& model, RunStore& store, const LossTokens& 
              {"input_amax", found->second.input_amax},
              {"weight_amax", found->second.weight_amax},
              {"costs", Json::object()}};
-    const auto row = costs.find(linear.name);
-    if (row == costs.end()) continue;
+    const auto row = costs.rows.find(linear.name);
+    if (row == costs.rows.end()) continue;
     for (const auto& [format, cost] : row->second) {
       PQ_ASSIGN_OR_RETURN(const PartLosses losses,
                           DirectionalLosses(costs, {{linear.name, format}}, parts, tokens));
       const PartLosses trace = FisherTraceLosses(found->second, cost, linear.part, tokens);
       Json& priced = entry["costs"][format];
-      const bool mtp = linear.part == Part::kMtp, vision = linear.part == Part::kVision;
-      priced = {{"directional", mtp      ? losses.mtp
-                                : vision ? losses.caption
-                                         : losses.text},
+      priced = {{"directional", OwnLoss(losses, linear.part)},
                 {"fisher_trace", trace.text + trace.caption + trace.mtp},
                 {"weight_mse", cost.weight_mse},
                 {"bytes", FindFormat(format)->Bytes(linear.out, linear.in, linear.dtype)}};
+      for (const auto& [key, table] : rounded) {
+        const auto found_row = table.rows.find(linear.name);
+        if (found_row == table.rows.end() || found_row->second.count(format) == 0) continue;
+        PQ_ASSIGN_OR_RETURN(const PartLosses further_losses,
+                            DirectionalLosses(table, {{linear.name, format}}, parts, tokens));
+        priced[key] = OwnLoss(further_losses, linear.part);
+      }
       if (linear.part == Part::kText && tokens.caption > 0) {
         priced["directional_caption"] = losses.caption;
       }

@@ -19,7 +19,7 @@
 namespace prismaquant {
 
 enum class CostModel {
-  kDirectional,  // 1/2 sum_n (sum over members s_nf)^2 / tokens, per part
+  kDirectional,  // 1/2 sum_n (sum over members q_nf) / tokens, per part
   kFisherTrace,  // sum over members of 1/2 (fisher_trace / tokens) mean(dW^2)
 };
 
@@ -39,6 +39,9 @@ struct UnitRules {
 
 struct UnitCostOptions {
   CostModel cost = CostModel::kDirectional;
+  // Of the weights whose errors `directional` prices: kNearest, or kGptq where there is such a cost
+  // (not of the output projection, nor of formats without a grid).
+  Rounding rounding = Rounding::kNearest;
   PartWeights weights;
   UnitRules rules;
 };
@@ -52,12 +55,13 @@ Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& stor
 // The same units without a probe: every cost zero. For uniform formats.
 std::vector<UnitCosts> UnitsWithoutCosts(const Model& model, const UnitRules& rules);
 
-// The losses of a whole choice with the cross terms between units, 1/2 sum_n (sum over units s_n)^2
-// / tokens.
+// The losses of a whole choice with the cross terms of all errors, 1/2 sum_n (sum over Linears
+// s_nf)^2 / tokens.
 Result<PartLosses> JointLoss(const Model& model, RunStore& store, const LossTokens& tokens,
-                             const std::map<std::string, std::string>& choices);
+                             const std::map<std::string, std::string>& choices,
+                             Rounding rounding = Rounding::kNearest);
 
-// Format -> losses of one Linear in it, for every format that the store prices.
+// Format -> losses of one Linear in it rounded to nearest, for every format that the store prices.
 Result<std::map<std::string, PartLosses>> LinearLosses(const Model& model, RunStore& store,
                                                        const LossTokens& tokens,
                                                        const std::string& linear);

@@ -25,7 +25,8 @@ constexpr int64_t kPositions = 8;
 constexpr LossTokens kTokens{.text = kPositions, .windows = 2};
 constexpr char kAttention[] = "model.layers.0.self_attn.";
 
-// A store with made-up numbers: s_n of the i-th Linear are i + 1 and -2 in every format, its
+// A store with made-up numbers: s_n of the i-th Linear are i + 1 and -2 in every format, q_n are i + 1
+// and 3, its
 // squared error is the format's position and its Fisher trace 16 (i + 1).
 class UnitCostsTest : public ::testing::Test {
  protected:
@@ -44,7 +45,8 @@ class UnitCostsTest : public ::testing::Test {
         const std::string name(format->name());
         const double mse = Position(name);
         if (!missing.contains(linear.name + " " + name))
-          costs.push_back({linear.name, name, mse, {number, -2}});
+          costs.push_back(
+              {linear.name, name, Rounding::kNearest, mse, {number, -2}, {number, 3}});
       }
     }
     ASSERT_TRUE(store.Commit("backward", 0, stats, costs).ok());
@@ -101,15 +103,15 @@ TEST_F(UnitCostsTest, Mxfp8NeedsAFusedOutputOfWholeTiles) {
   }
 }
 
-TEST_F(UnitCostsTest, MembersAreSummedBeforeSquaring) {
+TEST_F(UnitCostsTest, MembersSquaresAreSummed) {
   RunStore store = Store();
   Fill(store);
   const std::vector<UnitCosts> units = Build(store, {.rules = {.any_kernel = true}});
   ASSERT_EQ(units.size(), 8U);
   for (const UnitFormat& format : units[0].formats)
-    EXPECT_DOUBLE_EQ(format.cost, (6.0 * 6 + 6.0 * 6) / 2 / kPositions);
+    EXPECT_DOUBLE_EQ(format.cost, (6.0 + 9.0) / 2 / kPositions);
   for (const UnitFormat& format : units[1].formats)
-    EXPECT_DOUBLE_EQ(format.cost, (4.0 * 4 + 2.0 * 2) / 2 / kPositions);
+    EXPECT_DOUBLE_EQ(format.cost, (4.0 + 3.0) / 2 / kPositions);
 }
 
 TEST_F(UnitCostsTest, FisherTraceSumsTraceTimesSquaredError) {
@@ -138,6 +140,28 @@ TEST_F(UnitCostsTest, JointLossHasTheCrossTerms) {
   EXPECT_EQ(JointLoss(tiny_.model(), store, kTokens, {})->text, 0);
 }
 
+TEST_F(UnitCostsTest, CostsOfGptqStandInForThoseOfRoundingToNearest) {
+  RunStore store = Store();
+  Fill(store);
+  const UnitCostOptions options{.rounding = Rounding::kGptq,
+                                .rules = {.any_kernel = true, .formats = {"fp8", "bf16"}}};
+  const Status missing = BuildUnitCosts(tiny_.model(), store, kTokens, options).status();
+  EXPECT_THAT(missing.message(), HasSubstr("--formats fp8 --cost-render gptq"));
+  std::vector<LinearCost> costs;
+  for (const LinearInfo& linear : tiny_.model().linears()) {
+    costs.push_back({linear.name, "fp8", Rounding::kGptq, 0, {1, 1}, {0.5, 0.25}});
+  }
+  ASSERT_TRUE(store.Commit("backward/1", 0, {}, costs).ok());
+  const std::vector<UnitCosts> units = Build(store, options);
+  for (const UnitFormat& format : units[1].formats) {
+    EXPECT_DOUBLE_EQ(format.cost, (format.format == "fp8" ? 0.75 : 7.0) / 2 / kPositions);
+  }
+  const std::string linear = units[1].linears.front();
+  EXPECT_DOUBLE_EQ(
+      JointLoss(tiny_.model(), store, kTokens, {{linear, "fp8"}}, Rounding::kGptq)->text,
+      1.0 / kPositions);
+}
+
 TEST_F(UnitCostsTest, AMissingCostIsNamed) {
   const std::string linear = std::string(kAttention) + "k_proj";
   RunStore store = Store();
@@ -163,7 +187,7 @@ TEST_F(UnitCostsTest, TheJsonHoldsEveryLinearAndFormat) {
   EXPECT_EQ(value["in"], 64);
   EXPECT_EQ(value["fisher_trace"], 16.0 * 3 / kPositions);
   ASSERT_EQ(value["costs"].size(), AllFormats().size());
-  EXPECT_EQ(value["costs"]["fp8"]["directional"], (3.0 * 3 + 2.0 * 2) / 2 / kPositions);
+  EXPECT_EQ(value["costs"]["fp8"]["directional"], (3.0 + 3.0) / 2 / kPositions);
   EXPECT_EQ(value["costs"]["fp8"]["bytes"], FindFormat("fp8")->Bytes(32, 64, DType::kBF16));
 }
 

@@ -22,9 +22,6 @@ namespace {
 
 // One sequence in this many is kept out of the Hessian and judges the result.
 constexpr int64_t kHeldOutEvery = 8;
-// A token's weight relative to the mean is cut here, so that a few tokens do not make up the
-// Hessian.
-constexpr double kLargestTokenWeight = 10;
 // An expert that saw fewer tokens is rounded to nearest with chosen scales: so few inputs say
 // little of those to come.
 constexpr int64_t kFewestTokens = 32;
@@ -169,13 +166,8 @@ class Renderer {
   Status LoadTokenWeights(int layer) {
     token_weights_.clear();
     if (!guided_) return {};
-    const Result<SafetensorsFile> file = store_.Blob(TokenWeightBlob(layer));
-    if (!file.ok()) return layer == HeadLayer() ? Status() : file.status();
-    for (const TensorView& view : file->tensors()) {
-      const at::Tensor weights = TensorFromView(view);
-      token_weights_[view.name] =
-          (weights / weights.mean().clamp_min(1e-30)).clamp_max(kLargestTokenWeight).clone();
-    }
+    if (layer == HeadLayer()) return {};
+    PQ_ASSIGN_OR_RETURN(token_weights_, prismaquant::LoadTokenWeights(store_, layer));
     return {};
   }
 

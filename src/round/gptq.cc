@@ -20,6 +20,7 @@ constexpr int kDampingRetries = 4;
 constexpr double kSmallestRetry = 1e-4;
 // Of the Hessian that a correction is solved with.
 constexpr double kCorrectionDamping = 1;
+constexpr double kLargestCorrection = 0.5;
 // Up to this size the factorisation runs in float64.
 constexpr int64_t kLargestFloat64 = 4096;
 
@@ -74,28 +75,62 @@ struct GridState {
   at::Tensor codes;  // U8 [out, in]
 };
 
+// Columns per stored scale; 0: one per row.
+int64_t GroupOf(const Format& format) {
+  switch (format.grid()) {
+    case Grid::kE2M1Group16:
+      return kNvfp4GroupSize;
+    case Grid::kE4M3Group32:
+    case Grid::kE2M1Group32:
+      return kMxGroupSize;
+    case Grid::kInt4Group128:
+    case Grid::kInt8Group128:
+      return kIntGroupSize;
+    default:
+      return 0;
+  }
+}
+
+// The order in which columns are rounded: whole groups, the ones with the largest diagonal of H
+// first, since what is rounded early can still be made up for.
+struct Order {
+  at::Tensor groups, columns;  // int64: which one comes next
+
+  void Restore(GridState& state) const {
+    const at::Tensor back = at::argsort(columns);
+    state.codes = state.codes.index_select(1, back);
+    if (state.group > 0) state.scale = state.scale.index_select(1, at::argsort(groups));
+  }
+};
+
+Order OrderByImportance(const Format& format, const at::Tensor& hessian) {
+  const int64_t in = hessian.size(0), group = std::max<int64_t>(GroupOf(format), 1);
+  const at::Tensor importance = hessian.diagonal().view({in / group, group}).sum(1);
+  const at::Tensor groups =
+      at::argsort(importance, /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  const at::Tensor columns =
+      (groups.unsqueeze(1) * group + at::arange(group).unsqueeze(0)).flatten();
+  return {.groups = groups, .columns = columns};
+}
+
 GridState MakeGrid(const Format& format, const StoredTensors& rtn, int64_t out, int64_t in) {
-  GridState state;
+  GridState state{.group = GroupOf(format)};
   state.codes = at::empty({out, in}, at::kByte);
   switch (format.grid()) {
     case Grid::kE2M1Group16:
       state.grid = ops::GptqGrid::kE2M1Group16;
-      state.group = kNvfp4GroupSize;
       state.global_scale = rtn.at("weight_global_scale").item<double>();
       break;
     case Grid::kE4M3Group32:
       state.grid = ops::GptqGrid::kE4M3Group32;
-      state.group = kMxGroupSize;
       break;
     case Grid::kE2M1Group32:
       state.grid = ops::GptqGrid::kE2M1Group32;
-      state.group = kMxGroupSize;
       break;
     case Grid::kInt4Group128:
     case Grid::kInt8Group128:
       state.grid = format.grid() == Grid::kInt4Group128 ? ops::GptqGrid::kInt4Group128
                                                         : ops::GptqGrid::kInt8Group128;
-      state.group = kIntGroupSize;
       state.scale = at::empty_like(rtn.at("weight_scale"));
       return state;
     default:
@@ -175,7 +210,10 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
   }
   GptqResult result;
   StoredTensors rtn = format.Encode(weight, shared, source);
-  const at::Tensor factor = InverseFactor(hessian, options.damping);
+  const Order order = OrderByImportance(format, hessian);
+  const at::Tensor factor =
+      InverseFactor(hessian.index_select(0, order.columns).index_select(1, order.columns),
+                    options.damping);
   if (!factor.defined()) {
     result.decoded = format.Decode(rtn);
     result.stored = std::move(rtn);
@@ -183,7 +221,8 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
     return result;
   }
   GridState state = MakeGrid(format, rtn, weight.size(0), weight.size(1));
-  RunColumns(weight, factor, options.choose_scales, state);
+  RunColumns(weight.index_select(1, order.columns), factor, options.choose_scales, state);
+  order.Restore(state);
   result.stored = ToStored(format, state, std::move(rtn));
   result.decoded = format.Decode(result.stored);
   return result;
@@ -200,7 +239,7 @@ CorrectedWeight Correct(const at::Tensor& weight, const InputMoments& train,
   const double curvature = held_out.WeightError(weight + step, weight);
   const double slope = (step * held_out.pull()).sum(-1).sum(at::kDouble).item<double>();
   if (!(curvature > 0) || !std::isfinite(slope)) return corrected;
-  corrected.share = std::clamp(slope / curvature, 0.0, 1.0);
+  corrected.share = std::clamp(slope / curvature, 0.0, kLargestCorrection);
   corrected.weight = weight + corrected.share * step;
   return corrected;
 }

@@ -38,8 +38,8 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
                               const at::Tensor& hessian, const SharedScales& shared, DType source,
                               const GptqOptions& options);
 
-// W + a P (H + d I)^-1: the unrounded weight whose outputs are nearest to the source's, d being 1
-// times the mean of H's diagonal, and a the share in [0, 1] that is best on `held_out`. W itself,
+// W + a P (H + d I)^-1, the way to the unrounded weight whose outputs are nearest to the source's: d
+// is the mean of H's diagonal, and a the share that is best on `held_out`, at most half. W itself,
 // and a = 0, without a pull or held-out tokens.
 struct CorrectedWeight {
   at::Tensor weight;

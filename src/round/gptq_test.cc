@@ -86,17 +86,36 @@ class Reference {
   }
 
   at::Tensor Round(const at::Tensor& weight, const at::Tensor& hessian, double damping) {
-    at::Tensor h = hessian.to(at::kDouble).clone();
+    const at::Tensor order = Order(hessian);
+    at::Tensor h = hessian.to(at::kDouble).index_select(0, order).index_select(1, order);
     h.diagonal().add_(damping * h.diagonal().mean().item<double>());
     const at::Tensor u = at::linalg_cholesky(at::linalg_inv(h), /*upper=*/true).contiguous();
-    at::Tensor w = weight.to(at::kDouble).contiguous();
+    at::Tensor w = weight.to(at::kDouble).index_select(1, order).contiguous();
     for (int64_t r = 0; r < w.size(0); ++r) {
       RoundRow(w.mutable_data_ptr<double>() + r * w.size(1), u.const_data_ptr<double>(), w.size(1));
     }
-    return w;
+    at::Tensor rounded = at::empty_like(w);
+    rounded.index_copy_(1, order, w);
+    return rounded;
   }
 
  private:
+  // Whole groups, that with the largest diagonal first.
+  at::Tensor Order(const at::Tensor& hessian) const {
+    const int64_t group = grid_ == Grid::kE2M1Group16 ? 16 : grid_ == Grid::kE4M3Group32 ? 32 : 1;
+    std::vector<std::pair<float, int64_t>> groups;
+    for (int64_t first = 0; first < hessian.size(0); first += group) {
+      const at::Tensor diagonal = hessian.diagonal().narrow(0, first, group);
+      groups.emplace_back(-diagonal.sum().item<float>(), first);
+    }
+    std::stable_sort(groups.begin(), groups.end());
+    std::vector<int64_t> columns;
+    for (const auto& [importance, first] : groups) {
+      for (int64_t i = 0; i < group; ++i) columns.push_back(first + i);
+    }
+    return at::tensor(columns);
+  }
+
   static double Nearest(const std::vector<double>& values, double x) {
     double best = values.front();
     for (const double value : values) {
@@ -436,7 +455,7 @@ TEST(Correct, BringsTheOutputsNearerToTheSources) {
   const at::Tensor weight = Weight(24, 96);
   const Noisy train(weight, 2048, 1, 1.0), held_out(weight, 256, 2, 1.0), other(weight, 256, 3, 1.0);
   const CorrectedWeight corrected = Correct(weight, train.Moments(), held_out.Moments());
-  EXPECT_GT(corrected.share, 0.5);
+  EXPECT_EQ(corrected.share, 0.5);
   const auto distance = [&](const at::Tensor& w) {
     return (other.x.matmul(w.t()) - other.wanted).square().sum().item<double>();
   };
@@ -447,14 +466,14 @@ TEST(Correct, BringsTheOutputsNearerToTheSources) {
 
 TEST(Correct, TakesTheShareThatIsBestOnTheHeldOutInputs) {
   const at::Tensor weight = Weight(24, 96);
-  const Noisy train(weight, 128, 1, 1.0), held_out(weight, 4096, 2, 0.3);
+  const Noisy train(weight, 128, 1, 1.5), held_out(weight, 4096, 2, 0.3);
   const CorrectedWeight corrected = Correct(weight, train.Moments(), held_out.Moments());
   ASSERT_GT(corrected.share, 0.01);
-  ASSERT_LT(corrected.share, 0.99);
+  ASSERT_LT(corrected.share, 0.49);
   const at::Tensor step = (corrected.weight - weight) / corrected.share;
   const InputMoments moments = held_out.Moments();
   const double best = moments.OutputError(corrected.weight, weight);
-  for (const double share : {corrected.share - 0.1, corrected.share + 0.1})
+  for (const double share : {corrected.share - 0.01, corrected.share + 0.01})
     EXPECT_LT(best, moments.OutputError(weight + share * step, weight));
 }
 
@@ -501,17 +520,11 @@ TEST(InputMoments, WeightErrorIsTheSummedSquaredErrorOfTheOutputs) {
   EXPECT_EQ(MomentsOf(x).OutputError(other, weight), MomentsOf(x).WeightError(other, weight));
 }
 
-TEST(InputMoments, SumOfTwoIsThatOfTheirInputs) {
-  const at::Tensor weight = Weight(6, 32);
-  const Noisy all(weight, 60, 1, 0.5);
-  InputMoments sum = MomentsOf(all.x.narrow(0, 0, 20), all.lack.narrow(0, 0, 20));
-  sum.Add(MomentsOf(all.x.narrow(0, 20, 40), all.lack.narrow(0, 20, 40)));
-  const InputMoments whole = all.Moments();
-  EXPECT_EQ(sum.tokens(), 60);
-  EXPECT_LT(Amax(sum.hessian() - whole.hessian()), 1e-5 * Amax(whole.hessian()));
-  EXPECT_LT(Amax(sum.pull() - whole.pull()), 1e-5 * Amax(whole.pull()));
-  const at::Tensor other = weight + 0.01;
-  EXPECT_NEAR(sum.OutputError(other, weight) / whole.OutputError(other, weight), 1, 1e-5);
+TEST(InputMoments, NoiseAddsToTheDiagonalAlone) {
+  const InputMoments plain = MomentsOf(CorrelatedInputs(50, 32, 1));
+  const at::Tensor noise = torch::rand({32});
+  EXPECT_TRUE(plain.WithNoise(noise).hessian().equal(plain.hessian() + at::diag(noise)));
+  EXPECT_EQ(plain.WithNoise(noise).tokens(), 50);
 }
 
 }  // namespace

@@ -40,11 +40,10 @@ void InputMoments::Add(const at::Tensor& x, const at::Tensor& token_weights,
   tokens_ += x.size(0);
 }
 
-void InputMoments::Add(const InputMoments& other) {
-  hessian_.add_(other.hessian_);
-  if (other.pull_.defined()) pull_ = pull_.defined() ? pull_ + other.pull_ : other.pull_.clone();
-  lack_energy_ += other.lack_energy_;
-  tokens_ += other.tokens_;
+InputMoments InputMoments::WithNoise(const at::Tensor& noise) const {
+  InputMoments noisy = *this;
+  noisy.hessian_ = hessian_ + at::diag(noise);
+  return noisy;
 }
 
 double InputMoments::WeightError(const at::Tensor& decoded, const at::Tensor& weight) const {

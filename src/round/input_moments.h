@@ -23,8 +23,8 @@ class InputMoments {
   // x [tokens, in] in any float dtype; weights [tokens] or undefined (all ones); lack e [tokens,
   // out], or undefined if x is what the source has. One of both for all calls.
   void Add(const at::Tensor& x, const at::Tensor& token_weights, const at::Tensor& lack = {});
-  // Other inputs of the same Linear.
-  void Add(const InputMoments& other);
+  // These with `noise` [in] added to the Hessian's diagonal.
+  InputMoments WithNoise(const at::Tensor& noise) const;
   // [in, in] float32, symmetric.
   const at::Tensor& hessian() const { return hessian_; }
   // [out, in] float32; undefined without a lack.

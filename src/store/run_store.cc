@@ -14,7 +14,7 @@ namespace prismaquant {
 namespace {
 
 constexpr char kDatabaseName[] = "run.sqlite";
-constexpr int64_t kSchemaVersion = 2;
+constexpr int64_t kSchemaVersion = 3;
 
 // Of each value in a refusal.
 constexpr size_t kShownCharacters = 16;
@@ -27,7 +27,8 @@ CREATE TABLE IF NOT EXISTS linear (
   name TEXT PRIMARY KEY, layer INTEGER, weight_amax REAL, input_amax REAL,
   fisher_trace REAL, grad_square REAL, tokens INTEGER);
 CREATE TABLE IF NOT EXISTS cost (
-  linear TEXT, format TEXT, weight_mse REAL, directional BLOB, PRIMARY KEY (linear, format));
+  linear TEXT, format TEXT, rounding INTEGER, weight_mse REAL, directional BLOB, squares BLOB,
+  PRIMARY KEY (linear, format, rounding));
 CREATE TABLE IF NOT EXISTS note (key TEXT PRIMARY KEY, text TEXT NOT NULL);
 )";
 
@@ -194,11 +195,13 @@ Status RunStore::Commit(const std::string& stage, int64_t layer,
     }
     for (const LinearCost& c : costs) {
       PQ_ASSIGN_OR_RETURN(Statement insert,
-                          database_.Prepare("INSERT OR REPLACE INTO cost VALUES (?, ?, ?, ?)"));
+                          database_.Prepare("INSERT OR REPLACE INTO cost VALUES (?, ?, ?, ?, ?, ?)"));
       insert.Bind(c.linear)
           .Bind(c.format)
+          .Bind(static_cast<int64_t>(c.rounding))
           .Bind(c.weight_mse)
-          .Bind(std::span<const double>(c.directional));
+          .Bind(std::span<const double>(c.directional))
+          .Bind(std::span<const double>(c.squares));
       PQ_RETURN_IF_ERROR(RunToEnd(insert));
     }
     PQ_ASSIGN_OR_RETURN(Statement mark,
@@ -233,18 +236,23 @@ Result<std::vector<LinearStats>> RunStore::Stats() {
   }
 }
 
-Result<std::map<std::string, std::map<std::string, LinearCost>>> RunStore::Costs() {
+Result<std::map<std::string, std::map<std::string, LinearCost>>> RunStore::Costs(
+    Rounding rounding) {
   PQ_ASSIGN_OR_RETURN(
       Statement read,
-      database_.Prepare("SELECT linear, format, weight_mse, directional FROM cost"));
+      database_.Prepare(
+          "SELECT linear, format, weight_mse, directional, squares FROM cost WHERE rounding = ?"));
+  read.Bind(static_cast<int64_t>(rounding));
   std::map<std::string, std::map<std::string, LinearCost>> costs;
   while (true) {
     PQ_ASSIGN_OR_RETURN(const bool row, read.Step());
     if (!row) return costs;
     LinearCost cost{.linear = read.Text(0),
                     .format = read.Text(1),
+                    .rounding = rounding,
                     .weight_mse = read.Double(2),
-                    .directional = read.Doubles(3)};
+                    .directional = read.Doubles(3),
+                    .squares = read.Doubles(4)};
     costs[cost.linear][cost.format] = cost;
   }
 }

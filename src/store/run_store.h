@@ -35,12 +35,21 @@ struct LinearStats {
   int64_t tokens = 0;       // that passed through the Linear
 };
 
+// How the weights were rounded whose errors are priced.
+enum class Rounding {
+  kNearest,
+  kGptq,          // by the inputs of the other half of the sequences
+  kGptqInSample,  // by the inputs of the same half: too good, for comparison
+};
+
 // What one format costs one Linear.
 struct LinearCost {
   std::string linear;
   std::string format;
+  Rounding rounding = Rounding::kNearest;
   double weight_mse = 0;            // mean of (W_f - W)^2
   std::vector<double> directional;  // s_nf, one per calibration sequence
+  std::vector<double> squares;      // q_nf, what s_nf^2 is on average over rounding errors
 };
 
 struct BlobTensor {
@@ -63,15 +72,16 @@ class RunStore {
 
   Result<bool> IsDone(const std::string& stage, int64_t layer);
   // Marks (stage, layer) done together with its rows. A NaN among the numbers of a row, except in
-  // `directional`, is kSystem, and nothing is committed.
+  // those per sequence, is kSystem, and nothing is committed.
   Status Commit(const std::string& stage, int64_t layer, const std::vector<LinearStats>& stats = {},
                 const std::vector<LinearCost>& costs = {});
   // Forgets all marks of a stage.
   Status Forget(const std::string& stage);
 
   Result<std::vector<LinearStats>> Stats();
-  // Linear name -> format name -> cost.
-  Result<std::map<std::string, std::map<std::string, LinearCost>>> Costs();
+  // Linear name -> format name -> cost, of weights rounded in this way.
+  Result<std::map<std::string, std::map<std::string, LinearCost>>> Costs(
+      Rounding rounding = Rounding::kNearest);
 
   // Small texts by key (JSON of the last allocation, measured results).
   Status PutNote(const std::string& key, const std::string& text);

@@ -120,7 +120,7 @@ TEST_F(RunStoreTest, ATruncatedDatabaseIsRefusedWheneverItIsRead) {
       const std::string linear = "linear" + std::to_string(layer);
       ASSERT_TRUE(store
                       .Commit("backward", layer, {{.name = linear, .layer = layer}},
-                              {{linear, "nvfp4", 0.5, std::vector<double>(100, 1.5)}})
+                              {{linear, "nvfp4", Rounding::kNearest, 0.5, std::vector<double>(100, 1.5)}})
                       .ok());
     }
   }
@@ -209,7 +209,7 @@ TEST_F(RunStoreTest, ACommitThatFailsLeavesNeitherRowsNorMark) {
   const Status status = store.Commit("backward", 1, {good, bad});
   EXPECT_EQ(status.code(), StatusCode::kSystem);
   EXPECT_THAT(status.message(), AllOf(HasSubstr("run.sqlite"), HasSubstr("NaN")));
-  EXPECT_FALSE(store.Commit("backward", 1, {good}, {{"a", "fp8", kNan, {}}}).ok());
+  EXPECT_FALSE(store.Commit("backward", 1, {good}, {{"a", "fp8", Rounding::kNearest, kNan, {}}}).ok());
   EXPECT_FALSE(*store.IsDone("backward", 1));
   EXPECT_TRUE(store.Stats()->empty());
   EXPECT_TRUE(store.Costs()->empty());
@@ -217,11 +217,24 @@ TEST_F(RunStoreTest, ACommitThatFailsLeavesNeitherRowsNorMark) {
   EXPECT_EQ(store.Stats()->size(), 1U);
 }
 
+TEST_F(RunStoreTest, CostsOfOneRoundingLeaveTheOthersAlone) {
+  RunStore store = Must();
+  const LinearCost nearest{.linear = "a", .format = "fp8", .weight_mse = 1};
+  LinearCost gptq = nearest;
+  gptq.rounding = Rounding::kGptq;
+  gptq.weight_mse = 2;
+  ASSERT_TRUE(store.Commit("backward", 0, {}, {nearest}).ok());
+  ASSERT_TRUE(store.Commit("backward/1", 0, {}, {gptq}).ok());
+  EXPECT_EQ(store.Costs()->at("a").at("fp8").weight_mse, 1);
+  EXPECT_EQ(store.Costs(Rounding::kGptq)->at("a").at("fp8").weight_mse, 2);
+  EXPECT_TRUE(store.Costs(Rounding::kGptqInSample)->empty());
+}
+
 TEST_F(RunStoreTest, InfiniteNumbersSurvive) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   RunStore store = Must();
   const LinearStats stats{.name = "a", .input_amax = kInfinity, .fisher_trace = -kInfinity};
-  ASSERT_TRUE(store.Commit("backward", 0, {stats}, {{"a", "fp8", kInfinity, {}}}).ok());
+  ASSERT_TRUE(store.Commit("backward", 0, {stats}, {{"a", "fp8", Rounding::kNearest, kInfinity, {}}}).ok());
   EXPECT_EQ(store.Stats()->front().input_amax, kInfinity);
   EXPECT_EQ(store.Stats()->front().fisher_trace, -kInfinity);
   EXPECT_EQ(store.Costs()->at("a").at("fp8").weight_mse, kInfinity);

@@ -177,21 +177,23 @@ class Reference:
         return sum((g.double().square().sum(-1) * x.double().square().sum(-1)).sum().item()
                    for x, g in self.records[name].values())  # fmt: skip
 
-    def directional(self, name: str, number_format: str) -> torch.Tensor:
-        """s_n of every sequence."""
-        weight = self.weights[name]
+    def squares(self, name: str, number_format: str) -> torch.Tensor:
+        """q_n of every sequence: the squares of the sum's independent parts."""
+        weight = self.weights[name].double()
         weight_amax, input_amax = self.weight_amax(name), self.input_amax(name)
         sums = torch.zeros(self.sequences, dtype=torch.float64)
         for n, (x, g) in self.records[name].items():
-            weight_q, x_q = rounded(number_format, weight, weight_amax, x, input_amax)
-            change = x.double() @ (weight_q - weight).double().T + (x_q - x).double() @ weight.double().T
-            if name == "lm_head":  # taken from the logits, so with the product of both errors
-                change = x_q.double() @ weight_q.double().T - x.double() @ weight.double().T
-            sums[n] = (g.double() * change).sum()
+            weight_q, x_q = rounded(number_format, self.weights[name], weight_amax, x, input_amax)
+            x, g, weight_q, x_q = x.double(), g.double(), weight_q.double(), x_q.double()
+            if name == "lm_head":  # by position, from the logits, so with the product of both errors
+                parts = (g * (x_q @ weight_q.T - x @ weight.T)).sum(1)
+            else:
+                parts = torch.cat([((g.T @ x) * (weight_q - weight)).sum(1), ((g @ weight) * (x_q - x)).sum(0)])
+            sums[n] = parts.square().sum()
         return sums
 
     def loss(self, name: str, number_format: str) -> dict:
-        squares = self.directional(name, number_format).square() / 2
+        squares = self.squares(name, number_format) / 2
         if self.part(name) == "mtp":
             return {"mtp": squares.sum().item() / self.tokens["mtp"]}
         return {"text": squares[:WINDOWS].sum().item() / self.tokens["text"],

@@ -1,0 +1,81 @@
+#include "probe/gptq_errors.h"
+
+#include <torch/torch.h>
+
+#include <utility>
+
+#include "round/gptq.h"
+
+namespace prismaquant {
+
+MomentsRunner::MomentsRunner(const LayerWeights& weights,
+                             const std::map<std::string, SharedScales>& scales,
+                             std::map<std::string, at::Tensor> token_weights,
+                             std::span<const Format* const> formats)
+    : weights_(weights),
+      scales_(scales),
+      token_weights_(std::move(token_weights)),
+      formats_(formats.begin(), formats.end()) {}
+
+at::Tensor MomentsRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
+  at::Tensor y = Multiply(weights_, linear.name, x);
+  if (x.numel() == 0 || !linear.allocatable) return y;
+  const at::Tensor rows = x.reshape({-1, linear.in});
+  const auto found = token_weights_.find(linear.name);
+  int64_t& seen = tokens_[linear.name];
+  const at::Tensor weights = found == token_weights_.end()
+                                 ? at::Tensor()
+                                 : found->second.narrow(0, seen, rows.size(0));
+  seen += rows.size(0);
+  const auto [halves, fresh] = halves_.try_emplace(
+      linear.name, Halves{Half{InputMoments(linear.in), {}}, Half{InputMoments(linear.in), {}}});
+  Half& half = halves->second[half_];
+  half.moments.Add(rows, weights);
+  activations_.SetInput(rows);
+  for (const Format* format : formats_) {
+    if (!format->quantizes_activations() || !format->Supports(linear.out, linear.in)) continue;
+    at::Tensor squares = activations_.Error(*format, scales_.at(linear.name)).square();
+    if (weights.defined()) squares = squares * weights.unsqueeze(1);
+    at::Tensor& noise = half.noise[format];
+    noise = noise.defined() ? noise + squares.sum(0) : squares.sum(0);
+  }
+  return y;
+}
+
+Result<WeightErrors> MomentsRunner::Round(const LinearInfo& linear, const Format& format,
+                                          const Halves& halves) const {
+  std::array<InputMoments, 2> moments = {InputMoments(linear.in), InputMoments(linear.in)};
+  for (size_t h = 0; h < 2; ++h) {
+    const auto noise = halves[h].noise.find(&format);
+    moments[h] = noise == halves[h].noise.end() ? halves[h].moments
+                                                : halves[h].moments.WithNoise(noise->second);
+  }
+  const at::Tensor weight = weights_.stored.at(linear.name).to(at::kFloat);
+  WeightErrors errors{.format = &format, .of_half = {}};
+  for (size_t h = 0; h < 2; ++h) {
+    PQ_ASSIGN_OR_RETURN(const GptqResult result,
+                        RenderGuarded(format, weight, moments[1 - h], moments[h],
+                                      scales_.at(linear.name), linear.dtype, GptqOptions()));
+    errors.of_half[h] = result.decoded - weight;
+  }
+  return errors;
+}
+
+Result<LayerErrors> MomentsRunner::Errors(const std::vector<LinearInfo>& linears) const {
+  LayerErrors errors;
+  for (const LinearInfo& linear : linears) {
+    if (!linear.allocatable) continue;
+    const auto halves = halves_.find(linear.name);
+    const Halves none{Half{InputMoments(linear.in), {}}, Half{InputMoments(linear.in), {}}};
+    for (const Format* format : formats_) {
+      if (!format->Supports(linear.out, linear.in)) continue;
+      PQ_ASSIGN_OR_RETURN(
+          WeightErrors rounded,
+          Round(linear, *format, halves == halves_.end() ? none : halves->second));
+      errors[linear.name].push_back(std::move(rounded));
+    }
+  }
+  return errors;
+}
+
+}  // namespace prismaquant
