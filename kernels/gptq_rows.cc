@@ -49,8 +49,8 @@ struct Int {
 };
 
 // For each scale, the error that rounding the group column by column under it would leave,
-// sum_j ((q_j - w_j) / u_jj)^2 with w_j as compensated by then. Candidates lie side by side, so that
-// they are computed at once.
+// sum_j ((q_j - w_j) / u_jj)^2 with w_j as compensated by then. Candidates lie side by side, so
+// that they are computed at once.
 template <typename Element, int64_t kGroup, int kCandidates>
 PQ_INLINE void GroupErrors(const GptqBlockView& block, int64_t begin, const float* w,
                            const float* scales, float* errors) {

@@ -80,9 +80,9 @@ Status RunExport(const ExportFlags& flags) {
     PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session->model(), delivery.plan.choices));
   }
   if (session->labels() == LabelRule::kSampled) delivery.predicted = delivery.plan.losses;
-  PQ_ASSIGN_OR_RETURN(delivery.joint, JointLoss(session->model(), session->store(),
-                                                session->loss_tokens(), delivery.plan.choices,
-                                                CostRounding(flags.plan)));
+  PQ_ASSIGN_OR_RETURN(delivery.joint,
+                      JointLoss(session->model(), session->store(), session->loss_tokens(),
+                                delivery.plan.choices, CostRounding(flags.plan)));
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
   PrintPlan(delivery.plan, delivery.sweep, session->labels());
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));

@@ -81,9 +81,9 @@ Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
     if (session.labels() == LabelRule::kSampled) delivery.predicted = delivery.plan.losses;
-    PQ_ASSIGN_OR_RETURN(delivery.joint, JointLoss(session.model(), session.store(),
-                                                  session.loss_tokens(), delivery.plan.choices,
-                                                  CostRounding(flags.plan)));
+    PQ_ASSIGN_OR_RETURN(delivery.joint,
+                        JointLoss(session.model(), session.store(), session.loss_tokens(),
+                                  delivery.plan.choices, CostRounding(flags.plan)));
   }
   PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session.model(), delivery.plan.choices));
   return {};
@@ -167,8 +167,7 @@ Status RunQuantize(const QuantizeFlags& flags) {
   if (flags.uniform.empty()) {
     const std::vector<std::string> formats = AdmittedFormats(flags.plan);
     const bool gptq = CostRounding(flags.plan) == Rounding::kGptq;
-    PQ_RETURN_IF_ERROR(
-        session->Probe(formats, gptq ? formats : std::vector<std::string>()));
+    PQ_RETURN_IF_ERROR(session->Probe(formats, gptq ? formats : std::vector<std::string>()));
     if (flags.json != "-") PQ_RETURN_IF_ERROR(PrintHeadCosts(*session));
   } else {
     delivery.render.guided = false;

@@ -147,8 +147,10 @@ std::vector<std::string> AdmittedFormats(const PlanFlags& flags) {
 }
 
 void RenderFlags::Register(CLI::App& command) {
-  command.add_option("--render", mode, "How weights are rounded")
-      ->check(CLI::IsMember({"gptq", "rtn"}))
+  command
+      .add_option("--render", mode,
+                  "How weights are rounded; gptq+sweep is the published recipe, for comparison")
+      ->check(CLI::IsMember({"gptq", "rtn", "gptq+sweep"}))
       ->capture_default_str();
   command
       .add_option("--damping", damping,
@@ -402,6 +404,12 @@ Result<RenderOptions> ToRenderOptions(const RenderFlags& flags, const ComputeOpt
   options.mode = flags.mode == "rtn" ? RenderMode::kRtn : RenderMode::kGptq;
   options.gptq.damping = flags.damping;
   options.guided = flags.hessian == "guided";
+  if (flags.mode == "gptq+sweep") {
+    options.guided = false;
+    options.gptq.choose_scales = false;
+    options.gptq.correct = false;
+    options.gptq.sweep = true;
+  }
   options.compute = compute;
   return options;
 }

@@ -23,9 +23,8 @@ at::Tensor MomentsRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
   const at::Tensor rows = x.reshape({-1, linear.in});
   const auto found = token_weights_.find(linear.name);
   int64_t& seen = tokens_[linear.name];
-  const at::Tensor weights = found == token_weights_.end()
-                                 ? at::Tensor()
-                                 : found->second.narrow(0, seen, rows.size(0));
+  const at::Tensor weights =
+      found == token_weights_.end() ? at::Tensor() : found->second.narrow(0, seen, rows.size(0));
   seen += rows.size(0);
   const auto [halves, fresh] = halves_.try_emplace(
       linear.name, Halves{Half{InputMoments(linear.in), {}}, Half{InputMoments(linear.in), {}}});
@@ -69,9 +68,8 @@ Result<LayerErrors> MomentsRunner::Errors(const std::vector<LinearInfo>& linears
     const Halves none{Half{InputMoments(linear.in), {}}, Half{InputMoments(linear.in), {}}};
     for (const Format* format : formats_) {
       if (!format->Supports(linear.out, linear.in)) continue;
-      PQ_ASSIGN_OR_RETURN(
-          WeightErrors rounded,
-          Round(linear, *format, halves == halves_.end() ? none : halves->second));
+      PQ_ASSIGN_OR_RETURN(WeightErrors rounded,
+                          Round(linear, *format, halves == halves_.end() ? none : halves->second));
       errors[linear.name].push_back(std::move(rounded));
     }
   }

@@ -1,9 +1,9 @@
 #ifndef PRISMAQUANT_PROBE_GPTQ_ERRORS_H_
 #define PRISMAQUANT_PROBE_GPTQ_ERRORS_H_
 
-// What GPTQ would leave of each weight of a layer, so that the choice of formats knows which Linears
-// it repairs well. GPTQ fits the very tokens that it sees, so each half of the sequences (n % 2) is
-// rounded by the moments of the other half, which in turn judge whether GPTQ is used
+// What GPTQ would leave of each weight of a layer, so that the choice of formats knows which
+// Linears it repairs well. GPTQ fits the very tokens that it sees, so each half of the sequences (n
+// % 2) is rounded by the moments of the other half, which in turn judge whether GPTQ is used
 // (docs/cost-models.md). One thread.
 
 #include <array>
@@ -37,8 +37,8 @@ class MomentsRunner : public LinearRunner {
   Result<LayerErrors> Errors(const std::vector<LinearInfo>& linears) const;
 
  private:
-  // Of one Linear: the moments of its plain inputs, and what a format's rounding of them adds to the
-  // Hessian's diagonal, sum_t w_t (Q_f(x_t) - x_t)^2 [in].
+  // Of one Linear: the moments of its plain inputs, and what a format's rounding of them adds to
+  // the Hessian's diagonal, sum_t w_t (Q_f(x_t) - x_t)^2 [in].
   struct Half {
     InputMoments moments;
     std::map<const Format*, at::Tensor> noise;

@@ -36,7 +36,8 @@ PassFormats PassOf(const Json& json, size_t index) {
 }
 
 // Adds a pass for the wanted formats that no pass of this rounding has.
-void AddMissing(const std::string& rounding, const std::vector<const Format*>& wanted, Json& passes) {
+void AddMissing(const std::string& rounding, const std::vector<const Format*>& wanted,
+                Json& passes) {
   std::set<std::string> known;
   for (const Json& pass : passes) {
     if (pass["rounding"] != rounding) continue;

@@ -26,8 +26,8 @@ struct PassFormats {
 };
 
 // All passes of the store, begun or finished, and one more if `nearest` has formats that none of
-// them prices rounded to nearest, and one if `gptq` has formats with a grid that none prices rounded
-// by GPTQ. Those are recorded in the store.
+// them prices rounded to nearest, and one if `gptq` has formats with a grid that none prices
+// rounded by GPTQ. Those are recorded in the store.
 Result<std::vector<PassFormats>> PlanPasses(RunStore& store,
                                             const std::vector<const Format*>& nearest,
                                             const std::vector<const Format*>& gptq);

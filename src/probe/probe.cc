@@ -267,8 +267,7 @@ class ProbePass {
                         StoredSequences::Open(store_, HiddenBlob(part, layer)));
     PQ_ASSIGN_OR_RETURN(const StoredSequences upstream,
                         StoredSequences::Open(store_, GradientBlob(part, layer + 1)));
-    PQ_ASSIGN_OR_RETURN(LayerErrors errors,
-                        Errors(part, layer, *block, weights, scales, inputs));
+    PQ_ASSIGN_OR_RETURN(LayerErrors errors, Errors(part, layer, *block, weights, scales, inputs));
     ProbedRunner runner(weights, model_.LayerLinears(layer), scales, std::move(errors),
                         calibration_.count());
     std::vector<at::Tensor> gradients;

@@ -90,10 +90,9 @@ void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const 
   const size_t half = n % 2;
   for (size_t i = 0; i < errors_.size(); ++i) {
     const WeightErrors& error = errors_[i];
-    const Parts inputs =
-        error.format->quantizes_activations()
-            ? PartsOf((dx_f32 * activations.Error(*error.format, scales_)).sum(0))
-            : Parts();
+    const Parts inputs = error.format->quantizes_activations()
+                             ? PartsOf((dx_f32 * activations.Error(*error.format, scales_)).sum(0))
+                             : Parts();
     const auto put = [&](const at::Tensor& of_weight, Sums& sums) {
       const Parts rows =
           of_weight.defined() ? PartsOf((weight_gradient * of_weight).sum(-1)) : Parts();

@@ -24,9 +24,8 @@ Result<CostTable> LoadCosts(const Model& model, RunStore& store, Rounding roundi
   for (const LinearInfo& linear : model.linears()) {
     if (linear.part == Part::kHead || !linear.allocatable) continue;
     auto& row = table.rows[linear.name];
-    std::erase_if(row, [](const auto& cell) {
-      return FindFormat(cell.first)->grid() != Grid::kNone;
-    });
+    std::erase_if(row,
+                  [](const auto& cell) { return FindFormat(cell.first)->grid() != Grid::kNone; });
     row.merge(rounded[linear.name]);
   }
   return table;
@@ -98,10 +97,9 @@ Result<const LinearCost*> FindCost(const CostTable& costs, const std::string& li
     const auto cell = row->second.find(format);
     if (cell != row->second.end()) return &cell->second;
   }
-  return Status::InvalidInput(
-      fmt::format("the run store has no cost of {} for {}; run `prismaquant probe --formats {}{}`",
-                  format, linear, format,
-                  costs.rounding == Rounding::kNearest ? "" : " --cost-render gptq"));
+  return Status::InvalidInput(fmt::format(
+      "the run store has no cost of {} for {}; run `prismaquant probe --formats {}{}`", format,
+      linear, format, costs.rounding == Rounding::kNearest ? "" : " --cost-render gptq"));
 }
 
 std::map<std::string, Part> PartsByName(const Model& model) {
@@ -224,8 +222,7 @@ Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& stor
 }
 
 Result<PartLosses> JointLoss(const Model& model, RunStore& store, const LossTokens& tokens,
-                             const std::map<std::string, std::string>& choices,
-                             Rounding rounding) {
+                             const std::map<std::string, std::string>& choices, Rounding rounding) {
   PQ_ASSIGN_OR_RETURN(const CostTable costs, LoadCosts(model, store, rounding));
   const auto parts = PartsByName(model);
   std::vector<double> main, mtp;
@@ -255,9 +252,9 @@ Result<std::map<std::string, PartLosses>> LinearLosses(const Model& model, RunSt
 
 Result<Json> ProbeToJson(const Model& model, RunStore& store, const LossTokens& tokens) {
   PQ_ASSIGN_OR_RETURN(const CostTable costs, LoadCosts(model, store, Rounding::kNearest));
-  const std::pair<const char*, Rounding> further[] = {{"directional_gptq", Rounding::kGptq},
-                                                      {"directional_gptq_in_sample",
-                                                       Rounding::kGptqInSample}};
+  const std::pair<const char*, Rounding> further[] = {
+      {"directional_gptq", Rounding::kGptq},
+      {"directional_gptq_in_sample", Rounding::kGptqInSample}};
   std::map<const char*, CostTable> rounded;
   for (const auto& [key, rounding] : further) {
     rounded[key].rounding = rounding;

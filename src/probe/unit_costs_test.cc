@@ -25,9 +25,8 @@ constexpr int64_t kPositions = 8;
 constexpr LossTokens kTokens{.text = kPositions, .windows = 2};
 constexpr char kAttention[] = "model.layers.0.self_attn.";
 
-// A store with made-up numbers: s_n of the i-th Linear are i + 1 and -2 in every format, q_n are i + 1
-// and 3, its
-// squared error is the format's position and its Fisher trace 16 (i + 1).
+// A store with made-up numbers: s_n of the i-th Linear are i + 1 and -2 in every format, q_n are i
+// + 1 and 3, its squared error is the format's position and its Fisher trace 16 (i + 1).
 class UnitCostsTest : public ::testing::Test {
  protected:
   void Fill(RunStore& store, const std::set<std::string>& missing = {}) const {
@@ -45,8 +44,7 @@ class UnitCostsTest : public ::testing::Test {
         const std::string name(format->name());
         const double mse = Position(name);
         if (!missing.contains(linear.name + " " + name))
-          costs.push_back(
-              {linear.name, name, Rounding::kNearest, mse, {number, -2}, {number, 3}});
+          costs.push_back({linear.name, name, Rounding::kNearest, mse, {number, -2}, {number, 3}});
       }
     }
     ASSERT_TRUE(store.Commit("backward", 0, stats, costs).ok());

@@ -33,8 +33,7 @@ std::string LayerBlob(const std::string& key, int layer) {
 enum class Stream { kQuantized, kSource };
 // The hidden states before `layer` of a part, or, if it is the part's end, after its last one.
 std::string StateBlob(const std::string& key, Stream stream, const PartLayers& part, int layer) {
-  return fmt::format("render/{}/{}-{}-{}", key,
-                     stream == Stream::kQuantized ? "hidden" : "source",
+  return fmt::format("render/{}/{}-{}-{}", key, stream == Stream::kQuantized ? "hidden" : "source",
                      static_cast<int>(part.part), layer - part.first);
 }
 std::string StageName(const std::string& key) { return "render/" + key; }
@@ -144,11 +143,12 @@ class Renderer {
     const bool first = layer == part.first;
     std::optional<StoredSequences> before;
     if (!first) {
-      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, StateBlob(key_, stream, part, layer)));
+      PQ_ASSIGN_OR_RETURN(before,
+                          StoredSequences::Open(store_, StateBlob(key_, stream, part, layer)));
     } else if (const std::optional<Part> source = sequences_.Before(part.part)) {
       const PartLayers& layers = *model_.FindPart(*source);
-      PQ_ASSIGN_OR_RETURN(before,
-                          StoredSequences::Open(store_, StateBlob(key_, stream, layers, layers.end)));
+      PQ_ASSIGN_OR_RETURN(
+          before, StoredSequences::Open(store_, StateBlob(key_, stream, layers, layers.end)));
     }
     std::vector<LayerState> states(static_cast<size_t>(range.count()));
     for (int64_t n = range.first; n < range.end; ++n) {
@@ -259,7 +259,8 @@ class Renderer {
     return {};
   }
 
-  static at::Tensor Multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  static at::Tensor Multiply(const at::Tensor& x, const at::Tensor& weight,
+                             const at::Tensor& bias) {
     return at::linear(x, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
   }
 
@@ -368,6 +369,7 @@ std::string RenderKey(const FormatChoice& formats, const RenderOptions& options)
                {"damping", options.gptq.damping},
                {"choose_scales", options.gptq.choose_scales},
                {"correct", options.gptq.correct},
+               {"sweep", options.gptq.sweep},
                {"guided", options.guided},
                {"precision", at::toString(options.compute.dtype)}};
   for (const auto& [linear, format] : formats) json["formats"][linear] = format->name();

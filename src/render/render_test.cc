@@ -222,8 +222,7 @@ class RenderTest : public ::testing::Test {
       (n == 7 || n == 15 ? held_out : train)
           .Add(x.reshape({-1, 64}), weights, lack.reshape({-1, linear.out}));
     }
-    return Must(
-        RenderGuarded(format, WeightOf(kQuery), train, held_out, shared, DType::kBF16, {}));
+    return Must(RenderGuarded(format, WeightOf(kQuery), train, held_out, shared, DType::kBF16, {}));
   }
 
   // Leaves in the store what the probe would: one weight per token and Linear.

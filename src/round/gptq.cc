@@ -10,6 +10,7 @@
 #include "kernels/gptq.h"
 #include "kernels/integer_codes.h"
 #include "kernels/minifloat.h"
+#include "round/scale_sweep.h"
 
 namespace prismaquant {
 namespace {
@@ -211,9 +212,8 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
   GptqResult result;
   StoredTensors rtn = format.Encode(weight, shared, source);
   const Order order = OrderByImportance(format, hessian);
-  const at::Tensor factor =
-      InverseFactor(hessian.index_select(0, order.columns).index_select(1, order.columns),
-                    options.damping);
+  const at::Tensor factor = InverseFactor(
+      hessian.index_select(0, order.columns).index_select(1, order.columns), options.damping);
   if (!factor.defined()) {
     result.decoded = format.Decode(rtn);
     result.stored = std::move(rtn);
@@ -224,6 +224,9 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
   RunColumns(weight.index_select(1, order.columns), factor, options.choose_scales, state);
   order.Restore(state);
   result.stored = ToStored(format, state, std::move(rtn));
+  if (options.sweep && format.grid() == Grid::kE2M1Group16) {
+    SweepScales(weight, hessian.diagonal().contiguous(), format, result.stored);
+  }
   result.decoded = format.Decode(result.stored);
   return result;
 }
@@ -250,22 +253,22 @@ Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
                                  const GptqOptions& options) {
   const CorrectedWeight target =
       options.correct ? Correct(weight, train, held_out) : CorrectedWeight{.weight = weight};
-  PQ_ASSIGN_OR_RETURN(GptqResult gptq, RenderGptq(format, target.weight, train.hessian(), shared,
-                                                  source, options));
+  PQ_ASSIGN_OR_RETURN(GptqResult gptq,
+                      RenderGptq(format, target.weight, train.hessian(), shared, source, options));
   const InputMoments& judge = held_out.tokens() > 0 ? held_out : train;
   StoredTensors rtn = format.Encode(weight, shared, source);
   at::Tensor rtn_decoded = format.Decode(rtn);
   const double gptq_error = judge.OutputError(gptq.decoded, weight);
   const double rtn_error = judge.OutputError(rtn_decoded, weight);
-  if (!gptq.fell_back && std::isfinite(gptq_error) && gptq_error <= rtn_error) {
-    gptq.error_ratio = Ratio(gptq_error, rtn_error);
-    gptq.weight_ratio = Ratio(judge.WeightError(gptq.decoded, weight),
-                              judge.WeightError(rtn_decoded, weight));
-    gptq.correction = target.share;
-    return gptq;
+  if (gptq.fell_back || !std::isfinite(gptq_error) || gptq_error > rtn_error) {
+    return GptqResult{
+        .stored = std::move(rtn), .decoded = std::move(rtn_decoded), .fell_back = true};
   }
-  return GptqResult{
-      .stored = std::move(rtn), .decoded = std::move(rtn_decoded), .fell_back = true};
+  gptq.error_ratio = Ratio(gptq_error, rtn_error);
+  gptq.weight_ratio =
+      Ratio(judge.WeightError(gptq.decoded, weight), judge.WeightError(rtn_decoded, weight));
+  gptq.correction = target.share;
+  return gptq;
 }
 
 }  // namespace prismaquant

@@ -21,13 +21,14 @@ struct GptqOptions {
   double damping = 0.3;       // added to the diagonal, relative to its mean; not negative
   bool choose_scales = true;  // search each group's scale when the group is reached
   bool correct = true;        // aim at CorrectedWeight
+  bool sweep = false;         // NVFP4: SweepScales afterwards
 };
 
 struct GptqResult {
   StoredTensors stored;
-  at::Tensor decoded;      // float32 [out, in], what `stored` decodes to
-  bool fell_back = false;  // round-to-nearest was kept: H is not finite, zero or could not be
-                           // factored, or GPTQ was worse
+  at::Tensor decoded;       // float32 [out, in], what `stored` decodes to
+  bool fell_back = false;   // round-to-nearest was kept: H is not finite, zero or could not be
+                            // factored, or GPTQ was worse
   double error_ratio = 1;   // OutputError relative to round-to-nearest's, on the judging inputs
   double weight_ratio = 1;  // WeightError likewise
   double correction = 0;    // share of the correction that was taken
@@ -38,9 +39,9 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
                               const at::Tensor& hessian, const SharedScales& shared, DType source,
                               const GptqOptions& options);
 
-// W + a P (H + d I)^-1, the way to the unrounded weight whose outputs are nearest to the source's: d
-// is the mean of H's diagonal, and a the share that is best on `held_out`, at most half. W itself,
-// and a = 0, without a pull or held-out tokens.
+// W + a P (H + d I)^-1, the way to the unrounded weight whose outputs are nearest to the source's:
+// d is the mean of H's diagonal, and a the share that is best on `held_out`, at most half. W
+// itself, and a = 0, without a pull or held-out tokens.
 struct CorrectedWeight {
   at::Tensor weight;
   double share = 0;

@@ -453,7 +453,8 @@ struct Noisy {
 
 TEST(Correct, BringsTheOutputsNearerToTheSources) {
   const at::Tensor weight = Weight(24, 96);
-  const Noisy train(weight, 2048, 1, 1.0), held_out(weight, 256, 2, 1.0), other(weight, 256, 3, 1.0);
+  const Noisy train(weight, 2048, 1, 1.0), held_out(weight, 256, 2, 1.0),
+      other(weight, 256, 3, 1.0);
   const CorrectedWeight corrected = Correct(weight, train.Moments(), held_out.Moments());
   EXPECT_EQ(corrected.share, 0.5);
   const auto distance = [&](const at::Tensor& w) {

@@ -5,7 +5,8 @@
 // weights w_t, in float32, block by block of tokens (docs/rendering.md).
 //
 //   hessian   H = sum_t w_t x_t x_t^T, with x_t as the format's product sees it
-//   pull      P = sum_t w_t e_t x_t^T, with e_t = W (s_t - x_t): what the output lacks of the source
+//   pull      P = sum_t w_t e_t x_t^T, with e_t = W (s_t - x_t): what the output lacks of the
+//   source
 //             model's, whose input there is s_t
 //
 // The squared distance of a rounded weight's outputs from the source's, sum_t w_t |(W + D) x_t - W

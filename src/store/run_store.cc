@@ -194,8 +194,9 @@ Status RunStore::Commit(const std::string& stage, int64_t layer,
       PQ_RETURN_IF_ERROR(RunToEnd(insert));
     }
     for (const LinearCost& c : costs) {
-      PQ_ASSIGN_OR_RETURN(Statement insert,
-                          database_.Prepare("INSERT OR REPLACE INTO cost VALUES (?, ?, ?, ?, ?, ?)"));
+      PQ_ASSIGN_OR_RETURN(
+          Statement insert,
+          database_.Prepare("INSERT OR REPLACE INTO cost VALUES (?, ?, ?, ?, ?, ?)"));
       insert.Bind(c.linear)
           .Bind(c.format)
           .Bind(static_cast<int64_t>(c.rounding))

@@ -118,10 +118,11 @@ TEST_F(RunStoreTest, ATruncatedDatabaseIsRefusedWheneverItIsRead) {
     ASSERT_TRUE(store.Bind(kIdentity).ok());
     for (int layer = 0; layer < 50; ++layer) {
       const std::string linear = "linear" + std::to_string(layer);
-      ASSERT_TRUE(store
-                      .Commit("backward", layer, {{.name = linear, .layer = layer}},
-                              {{linear, "nvfp4", Rounding::kNearest, 0.5, std::vector<double>(100, 1.5)}})
-                      .ok());
+      ASSERT_TRUE(
+          store
+              .Commit("backward", layer, {{.name = linear, .layer = layer}},
+                      {{linear, "nvfp4", Rounding::kNearest, 0.5, std::vector<double>(100, 1.5)}})
+              .ok());
     }
   }
   const std::filesystem::path file = folder_ / "work" / "run.sqlite";
@@ -209,7 +210,8 @@ TEST_F(RunStoreTest, ACommitThatFailsLeavesNeitherRowsNorMark) {
   const Status status = store.Commit("backward", 1, {good, bad});
   EXPECT_EQ(status.code(), StatusCode::kSystem);
   EXPECT_THAT(status.message(), AllOf(HasSubstr("run.sqlite"), HasSubstr("NaN")));
-  EXPECT_FALSE(store.Commit("backward", 1, {good}, {{"a", "fp8", Rounding::kNearest, kNan, {}}}).ok());
+  EXPECT_FALSE(
+      store.Commit("backward", 1, {good}, {{"a", "fp8", Rounding::kNearest, kNan, {}}}).ok());
   EXPECT_FALSE(*store.IsDone("backward", 1));
   EXPECT_TRUE(store.Stats()->empty());
   EXPECT_TRUE(store.Costs()->empty());
@@ -234,7 +236,8 @@ TEST_F(RunStoreTest, InfiniteNumbersSurvive) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   RunStore store = Must();
   const LinearStats stats{.name = "a", .input_amax = kInfinity, .fisher_trace = -kInfinity};
-  ASSERT_TRUE(store.Commit("backward", 0, {stats}, {{"a", "fp8", Rounding::kNearest, kInfinity, {}}}).ok());
+  ASSERT_TRUE(
+      store.Commit("backward", 0, {stats}, {{"a", "fp8", Rounding::kNearest, kInfinity, {}}}).ok());
   EXPECT_EQ(store.Stats()->front().input_amax, kInfinity);
   EXPECT_EQ(store.Stats()->front().fisher_trace, -kInfinity);
   EXPECT_EQ(store.Costs()->at("a").at("fp8").weight_mse, kInfinity);
