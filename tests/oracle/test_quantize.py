@@ -125,6 +125,29 @@ def test_gptq_beats_round_to_nearest(work, tmp_path):
     assert kl["gptq"] < 0.9 * kl["rtn"]
 
 
+def test_predictions_know_what_gptq_repairs(work, tmp_path):
+    """Cross-fitted errors of GPTQ cost less than those of rounding to nearest, more than those on the fitted tokens."""
+    run("quantize", SOURCE, tmp_path / "out", "--work", work, *COMMON, "--bpp", "4.6", "--cost-render", "gptq",
+        "--eval-text", TEXT, "--eval-tokens", "4096", "--json", tmp_path / "quantize.json")
+    result = json.loads((tmp_path / "quantize.json").read_text())
+    assert 0.6 < result["predicted_kl"] / result["evaluation"]["kl"] < 1.6
+    probed = json.loads(run("probe", SOURCE, "--work", work, *COMMON, "--json", "-").stdout)["linears"]
+    sums = {key: sum(linear["costs"]["nvfp4"].get(key, 0) for name, linear in probed.items()
+                     if "nvfp4" in linear["costs"] and name != "lm_head")
+            for key in ("directional", "directional_gptq", "directional_gptq_in_sample")}  # fmt: skip
+    assert 0 < sums["directional_gptq_in_sample"] < sums["directional_gptq"] < 0.95 * sums["directional"]
+
+
+def test_published_recipe_has_its_own_bytes(work, tmp_path):
+    for mode in ("gptq", "gptq+sweep"):
+        run("quantize", SOURCE, tmp_path / mode, "--work", work, *COMMON, "--bpp", "4.5", "--render", mode, "--no-eval")
+        run("verify", tmp_path / mode, "--source", SOURCE)
+    ours, published = tensors(tmp_path / "gptq"), tensors(tmp_path / "gptq+sweep")
+    packed = [name for name in ours if name.endswith("weight_packed")]
+    assert len(packed) > 20
+    assert all(not torch.equal(ours[name], published[name]) for name in packed)
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
