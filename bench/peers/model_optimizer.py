@@ -68,7 +68,7 @@ def sizes(model: torch.nn.Module) -> dict:
 
 
 def search(model: torch.nn.Module, windows: torch.Tensor, bpp: float, stored_bits: bool) -> torch.nn.Module:
-    counted = {name for name in text_linears(model)}
+    counted = text_linears(model).keys()
     others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in counted]
     mxfp8 = copy.deepcopy(mtq.MXFP8_DEFAULT_CFG)
     if stored_bits:
@@ -100,9 +100,11 @@ def main() -> None:
     resources = {"wall_s": time.monotonic() - begin, "cpu_s": time.process_time() - begin_cpu,
                  "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     print("search done", resources, file=sys.stderr)
+    size = sizes(model)
+    mtq.fold_weight(model)
     held_out = text_windows(arguments.source, arguments.text, arguments.eval_tokens // WINDOW)
     measured = compare(load_model(arguments.source, torch.float32), model.eval(), held_out)
-    print(json.dumps({**sizes(model), **measured, "resources": resources}))
+    print(json.dumps({**size, **measured, "resources": resources}))
 
 
 if __name__ == "__main__":
