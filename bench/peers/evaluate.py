@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Measures a checkpoint against its source with transformers and compressed-tensors alone, and prints one JSON object.
 
-usage: evaluate.py SOURCE CHECKPOINT --text FILE [--tokens 4096]
+usage: evaluate.py SOURCE CHECKPOINT --text FILE [--tokens 4096] [--reference FILE]
 
 Everything is computed in float32. Weights are decoded from the stored bytes by tests/oracle/stored.py, which knows the
 definitions of the formats and nothing of the program; activations are quantized by the forward pass that compressed-tensors
 gives a Linear when it loads one. The text is one stream without BOS, cut in windows; each window is a forward pass of its own.
+--reference keeps the source's log-probabilities (windows x 511 x vocabulary, float32) for the next checkpoint of the same source and text.
 """
 import argparse
 import json
 import math
 import pathlib
 import sys
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -75,13 +77,30 @@ def check_activations(name: str, module: torch.nn.Linear) -> None:
 
 
 @torch.no_grad()
-def compare(source: torch.nn.Module, quantized: torch.nn.Module, windows: torch.Tensor) -> dict:
+def log_probabilities(model: torch.nn.Module, window: torch.Tensor) -> torch.Tensor:
+    """Of every token but the first, [window - 1, vocabulary]."""
+    return F.log_softmax(model(input_ids=window[None], use_cache=False).logits[0, :-1].float(), -1)
+
+
+def reference(source: pathlib.Path, windows: torch.Tensor, cache: pathlib.Path | None) -> Iterable[torch.Tensor]:
+    """The source's log-probabilities, window by window."""
+    if cache is not None and cache.exists():
+        return torch.load(cache, mmap=True)
+    model = load_model(source, torch.float32)
+    computed = (log_probabilities(model, window) for window in windows)
+    if cache is None:
+        return computed
+    partial = cache.with_suffix(".partial")
+    torch.save(torch.stack(list(computed)), partial)
+    partial.rename(cache)
+    return torch.load(cache, mmap=True)
+
+
+def compare(source: Iterable[torch.Tensor], quantized: torch.nn.Module, windows: torch.Tensor) -> dict:
     """KL divergence (nats per token), perplexity and top-1 agreement over all tokens but the first of each window."""
     kl_windows, agree, nll_source, nll, scored = [], 0, 0.0, 0.0, 0
-    for window in windows:
-        target = window[1:, None]
-        p, q = (F.log_softmax(model(input_ids=window[None], use_cache=False).logits[0, :-1].float(), -1)
-                for model in (source, quantized))
+    for p, window in zip(source, windows):
+        q, target = log_probabilities(quantized, window), window[1:, None]
         kl_windows.append((p.exp() * (p - q)).sum(-1).double().mean().item())
         agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
         nll_source -= p.gather(1, target).double().sum().item()
@@ -113,11 +132,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=pathlib.Path)
     parser.add_argument("--text", type=pathlib.Path, required=True)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--reference", type=pathlib.Path)
     arguments = parser.parse_args()
     windows = text_windows(arguments.source, arguments.text, arguments.tokens // WINDOW)
-    source = load_model(arguments.source, torch.float32)
     stored = tensors(arguments.checkpoint)
     model = load_exactly(arguments.checkpoint, stored)
+    source = reference(arguments.source, windows, arguments.reference)
     print(json.dumps({**sizes(arguments.checkpoint, model, stored), **compare(source, model, windows)}))
 
 

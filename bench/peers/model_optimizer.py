@@ -17,7 +17,7 @@ import time
 
 import modelopt.torch.quantization as mtq
 import torch
-from evaluate import WINDOW, compare, load_model, text_linears, text_windows
+from evaluate import WINDOW, compare, load_model, reference, text_linears, text_windows
 from modelopt.torch.quantization import tensor_quant
 
 SCORED_BATCHES = 4
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--text", type=pathlib.Path, required=True)
     parser.add_argument("--eval-tokens", type=int, default=4096)
+    parser.add_argument("--reference", type=pathlib.Path)
     arguments = parser.parse_args()
     tensor_quant.dynamic_block_quantize_op = quantize_blocks
     begin, begin_cpu = time.monotonic(), time.process_time()
@@ -103,7 +104,7 @@ def main() -> None:
     size = sizes(model)
     mtq.fold_weight(model)
     held_out = text_windows(arguments.source, arguments.text, arguments.eval_tokens // WINDOW)
-    measured = compare(load_model(arguments.source, torch.float32), model.eval(), held_out)
+    measured = compare(reference(arguments.source, held_out, arguments.reference), model.eval(), held_out)
     print(json.dumps({**size, **measured, "resources": resources}))
 
 

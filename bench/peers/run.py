@@ -80,6 +80,25 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+# ---- what results depend on
+
+def hash_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@functools.cache
+def file_hash(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
+def model_hash(folder: pathlib.Path) -> str:
+    """Of its small files the contents, of its weights the sizes."""
+    parts = [(path.name, path.stat().st_size if path.suffix == ".safetensors" else file_hash(path))
+             for path in sorted(folder.iterdir()) if path.is_file()]
+    return hash_of(parts)
+
+
 # ---- rows
 
 def pinned(venv: str, package: str) -> str:
@@ -101,6 +120,13 @@ def llm_compressor(arguments: argparse.Namespace, folder: pathlib.Path, *options
             *calibration_options(arguments), *options]
 
 
+def held_out_options(arguments: argparse.Namespace, tokens: str) -> list[str]:
+    """The text to measure on, and the file of the source's log-probabilities on it."""
+    inputs = [model_hash(arguments.source), file_hash(arguments.text), arguments.eval_tokens]
+    return ["--text", str(arguments.text), tokens, str(arguments.eval_tokens),
+            "--reference", str(arguments.out / f"reference-{hash_of(inputs)[:16]}.pt")]
+
+
 def uniform_rows(arguments: argparse.Namespace) -> list[Row]:
     tool = f"llm-compressor {pinned('llm-compressor', 'llmcompressor')}"
     cases = {"nvfp4": ["--scheme", "NVFP4"], "nvfp4-gptq": ["--scheme", "NVFP4", "--gptq"],
@@ -115,7 +141,7 @@ def uniform_rows(arguments: argparse.Namespace) -> list[Row]:
 
 def modelopt_rows(arguments: argparse.Namespace, budget: float) -> list[Row]:
     command = [*script("modelopt", "model_optimizer.py"), str(arguments.source), "--bpp", str(budget), *calibration_options(arguments),
-               "--text", str(arguments.text), "--eval-tokens", str(arguments.eval_tokens)]
+               *held_out_options(arguments, "--eval-tokens")]
     tool = f"modelopt {pinned('modelopt', 'nvidia-modelopt')}"
     cases = {"": ([], "bits as it counts them"), "-stored-bits": (["--stored-bits"], "bits as stored")}
     return [Row(f"modelopt-{budget:g}{suffix}", tool, f"auto_quantize NVFP4, MXFP8 at {budget:g}, {words}", [command + options],
@@ -161,25 +187,11 @@ def all_rows(arguments: argparse.Namespace) -> list[Row]:
 
 # ---- running a row
 
-@functools.cache
-def file_hash(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.cache
-def model_hash(folder: pathlib.Path) -> str:
-    """Of its small files the contents, of its weights the sizes."""
-    parts = [(path.name, path.stat().st_size if path.suffix == ".safetensors" else file_hash(path))
-             for path in sorted(folder.iterdir()) if path.is_file()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 def key_of(row: Row, arguments: argparse.Namespace) -> str:
     """Changes with everything that the row's figures depend on."""
     tools = [file_hash(HERE / f"requirements-{venv}.txt") for venv in row.venvs] or [row.ours and file_hash(arguments.prismaquant)]
     inputs = [model_hash(arguments.source), file_hash(arguments.calibration), file_hash(arguments.text), arguments.eval_tokens]
-    return hashlib.sha256(json.dumps([row.steps, tools, inputs]).encode()).hexdigest()
+    return hash_of([row.steps, tools, inputs])
 
 
 def cached(row: Row, arguments: argparse.Namespace) -> dict | None:
@@ -223,7 +235,7 @@ def run_row(row: Row, arguments: argparse.Namespace) -> dict:
     if not row.measures_itself:
         checkpoint = folder / "checkpoint" if row.steps else arguments.source
         evaluate = [str(ROOT / ".venv-test/bin/python"), str(HERE / "evaluate.py"), str(arguments.source), str(checkpoint),
-                    "--text", str(arguments.text), "--tokens", str(arguments.eval_tokens)]
+                    *held_out_options(arguments, "--tokens")]
         printed = run_step(evaluate, folder, "evaluate", Usage())
     result = {"resources": dataclasses.asdict(usage), **json.loads(printed.splitlines()[-1])}
     (folder / "result.json").write_text(json.dumps({"key": key_of(row, arguments), "row": dataclasses.asdict(row), "result": result}, indent=1))
