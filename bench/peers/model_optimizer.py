@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """NVIDIA's modelopt chooses between NVFP4, MXFP8 and no quantization by auto_quantize; prints one JSON object as evaluate.py does.
 
-usage: model_optimizer.py SOURCE --bpp 5.5 --calibration TEXT --text TEXT [--stored-bits]
+usage: model_optimizer.py SOURCE --bpp 5.5 --calibration TEXT --scores FILE [--stored-bits] [--text TEXT]
 
 modelopt quantizes fake, in memory, and is measured there: there is no checkpoint. Its block quantizer exists for CUDA alone; a stand-in
 with the same arithmetic takes its place here. It counts MXFP8 as 8 bits, so that its result is larger than the budget; --stored-bits
-has it count the 8.25 bits that MXFP8 takes. "resources" are those of the search, without importing the libraries and measuring.
+has it count the 8.25 bits that MXFP8 takes. FILE keeps the scores for other budgets; without TEXT nothing is measured. "resources" are those of the
+search, without importing the libraries and measuring.
 """
 import argparse
 import copy
 import json
 import pathlib
 import resource
-import sys
 import time
 
 import modelopt.torch.quantization as mtq
@@ -67,7 +67,7 @@ def sizes(model: torch.nn.Module) -> dict:
             "formats": {name: count for name, count in counts.items() if count}}
 
 
-def search(model: torch.nn.Module, windows: torch.Tensor, bpp: float, stored_bits: bool) -> torch.nn.Module:
+def search(model: torch.nn.Module, windows: torch.Tensor, bpp: float, stored_bits: bool, scores: pathlib.Path) -> torch.nn.Module:
     counted = text_linears(model).keys()
     others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in counted]
     mxfp8 = copy.deepcopy(mtq.MXFP8_DEFAULT_CFG)
@@ -78,7 +78,7 @@ def search(model: torch.nn.Module, windows: torch.Tensor, bpp: float, stored_bit
         quantization_formats=[copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), mxfp8], data_loader=[window[None] for window in windows],
         forward_step=lambda network, batch: network(input_ids=batch, labels=batch, use_cache=False),
         loss_func=lambda output, batch: output.loss, disabled_layers=others, num_calib_steps=len(windows),
-        num_score_steps=min(SCORED_BATCHES, len(windows)), verbose=False)
+        num_score_steps=min(SCORED_BATCHES, len(windows)), verbose=False, checkpoint=str(scores))
     return found
 
 
@@ -90,17 +90,20 @@ def main() -> None:
     parser.add_argument("--calibration", type=pathlib.Path, required=True)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--text", type=pathlib.Path, required=True)
+    parser.add_argument("--scores", type=pathlib.Path, required=True)
+    parser.add_argument("--text", type=pathlib.Path)
     parser.add_argument("--eval-tokens", type=int, default=4096)
     parser.add_argument("--reference", type=pathlib.Path)
     arguments = parser.parse_args()
     tensor_quant.dynamic_block_quantize_op = quantize_blocks
     begin, begin_cpu = time.monotonic(), time.process_time()
     windows = text_windows(arguments.source, arguments.calibration, arguments.samples, arguments.tokens)
-    model = search(load_model(arguments.source, torch.float32), windows, arguments.bpp, arguments.stored_bits)
+    model = search(load_model(arguments.source, torch.float32), windows, arguments.bpp, arguments.stored_bits,
+                   arguments.scores)
     resources = {"wall_s": time.monotonic() - begin, "cpu_s": time.process_time() - begin_cpu,
                  "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    print("search done", resources, file=sys.stderr)
+    if arguments.text is None:
+        return
     size = sizes(model)
     mtq.fold_weight(model)
     held_out = text_windows(arguments.source, arguments.text, arguments.eval_tokens // WINDOW)

@@ -30,7 +30,8 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHON
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: commands that leave a checkpoint in the row's folder, or print what they measured themselves."""
+    """One line of the table: commands that leave a checkpoint in the row's folder, print what they measured themselves, or
+    prepare what other rows have in common."""
     name: str
     tool: str
     settings: str
@@ -38,7 +39,8 @@ class Row:
     venvs: tuple[str, ...] = ()
     budget: float | None = None
     ours: bool = False
-    measures_itself: bool = False
+    leaves: str = "checkpoint"  # "measurement", "preparation"
+    needs: Row | None = None
 
 
 @dataclasses.dataclass
@@ -139,50 +141,71 @@ def uniform_rows(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def modelopt_rows(arguments: argparse.Namespace, budget: float) -> list[Row]:
-    command = [*script("modelopt", "model_optimizer.py"), str(arguments.source), "--bpp", str(budget), *calibration_options(arguments),
-               *held_out_options(arguments, "--eval-tokens")]
+def modelopt_rows(arguments: argparse.Namespace, budgets: list[float]) -> list[Row]:
+    """A search scores every choice once; the budgets share its file."""
     tool = f"modelopt {pinned('modelopt', 'nvidia-modelopt')}"
-    cases = {"": ([], "bits as it counts them"), "-stored-bits": (["--stored-bits"], "bits as stored")}
-    return [Row(f"modelopt-{budget:g}{suffix}", tool, f"auto_quantize NVFP4, MXFP8 at {budget:g}, {words}", [command + options],
-                ("modelopt",), budget, measures_itself=True) for suffix, (options, words) in cases.items()]
-
-
-def upstream_rows(arguments: argparse.Namespace, budget: float) -> list[Row]:
-    tool = f"published PrismaQuant {pinned('upstream', 'prismaquant')}, llm-compressor to nearest"
-    cases = {"": "NVFP4,FP8_DYNAMIC,BF16", "-mxfp8": "NVFP4,MXFP8,BF16"}
     rows = []
-    for suffix, formats in cases.items():
-        name = f"upstream-{budget:g}{suffix}"
-        folder = arguments.out / name
-        choices = str(folder / "choices.json")
-        choose = [*script("upstream", "upstream.py"), str(arguments.source), choices, "--work", str(folder / "work"), "--bpp", str(budget),
-                  "--formats", formats, *calibration_options(arguments)]
-        rows.append(Row(name, tool, f"{formats.replace(',', ', ')} at {budget:g}",
-                        [choose, llm_compressor(arguments, folder, "--choices", choices)], ("upstream", "llm-compressor"), budget))
+    for suffix, options, words in [("", [], "bits as it counts them"), ("-stored-bits", ["--stored-bits"], "bits as stored")]:
+        scores = f"modelopt-scores{suffix}"
+        command = [*script("modelopt", "model_optimizer.py"), str(arguments.source), *calibration_options(arguments), *options,
+                   "--scores", str(arguments.out / scores / "scores.pt")]
+        preparation = Row(scores, tool, f"auto_quantize: scores, {words}", [[*command, "--bpp", str(budgets[0])]], ("modelopt",),
+                          leaves="preparation")
+        rows.append(preparation)
+        for budget in budgets:
+            measure = [*command, "--bpp", str(budget), *held_out_options(arguments, "--eval-tokens")]
+            rows.append(Row(f"modelopt-{budget:g}{suffix}", tool, f"auto_quantize NVFP4, MXFP8 at {budget:g}, {words}", [measure],
+                            ("modelopt",), budget, leaves="measurement", needs=preparation))
     return rows
 
 
-def our_rows(arguments: argparse.Namespace, budget: float) -> list[Row]:
-    version = subprocess.run([arguments.prismaquant, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+def upstream_rows(arguments: argparse.Namespace, budgets: list[float]) -> list[Row]:
+    version = pinned("upstream", "prismaquant")
+    tool = f"published PrismaQuant {version}, llm-compressor to nearest"
+    work = str(arguments.out / "upstream-costs/work")
+    command = [*script("upstream", "upstream.py"), str(arguments.source), "--work", work]
+    costs = Row("upstream-costs", f"published PrismaQuant {version}", "probe and costs", [[*command, *calibration_options(arguments)]],
+                ("upstream",), leaves="preparation")
+    rows = [costs]
+    for budget in budgets:
+        for suffix, formats in [("", "NVFP4,FP8_DYNAMIC,BF16"), ("-mxfp8", "NVFP4,MXFP8,BF16")]:
+            name = f"upstream-{budget:g}{suffix}"
+            folder = arguments.out / name
+            choices = str(folder / "choices.json")
+            steps = [[*command, "--choose", choices, "--bpp", str(budget), "--formats", formats],
+                     llm_compressor(arguments, folder, "--choices", choices)]
+            rows.append(Row(name, tool, f"{formats.replace(',', ', ')} at {budget:g}", steps, ("upstream", "llm-compressor"), budget,
+                            needs=costs))
+    return rows
+
+
+def our_rows(arguments: argparse.Namespace, budgets: list[float]) -> list[Row]:
+    """A probe for each amount of calibration; budgets and formats share it."""
+    program = str(arguments.prismaquant)
+    tool = f"PrismaQuant {subprocess.run([program, '--version'], capture_output=True, text=True, check=True).stdout.strip()}"
     windows = calibration_options(arguments)
-    cases = {"": (windows, ""), "-mxfp8": ([*windows, "--formats", "nvfp4,mxfp8,bf16"], ", --formats nvfp4,mxfp8,bf16"),
-             "-default-calibration": (windows[:2], ", its default calibration")}
     rows = []
-    for suffix, (options, words) in cases.items():
-        name = f"prismaquant-{budget:g}{suffix}"
-        command = [str(arguments.prismaquant), "quantize", str(arguments.source), str(arguments.out / name / "checkpoint"),
-                   "--bpp", str(budget), *options, "--no-eval"]
-        rows.append(Row(name, f"PrismaQuant {version}", f"--bpp {budget:g}{words}", [command], budget=budget, ours=True))
+    for suffix, options, words in [("", windows, ""), ("-default-calibration", windows[:2], ", its default calibration")]:
+        probe_name = f"prismaquant-probe{suffix}"
+        store = ["--work", str(arguments.out / probe_name / "work"), *options]
+        probe = Row(probe_name, tool, f"probe{words}", [[program, "probe", str(arguments.source), *store]], ours=True,
+                    leaves="preparation")
+        rows.append(probe)
+        for budget in budgets:
+            formats = {"": []} if suffix else {"": [], "-mxfp8": ["--formats", "nvfp4,mxfp8,bf16"]}
+            for kind, format_options in formats.items():
+                name = f"prismaquant-{budget:g}{suffix}{kind}"
+                command = [program, "quantize", str(arguments.source), str(arguments.out / name / "checkpoint"), *store,
+                           "--bpp", str(budget), *format_options, "--no-eval"]
+                settings = " ".join([f"--bpp {budget:g}", *format_options]) + words
+                rows.append(Row(name, tool, settings, [command], budget=budget, ours=True, needs=probe))
     return rows
 
 
 def all_rows(arguments: argparse.Namespace) -> list[Row]:
     mixed = [budget for budget in arguments.budgets if budget > NVFP4_BITS]
-    return [Row("source", "the source itself", "", []), *uniform_rows(arguments),
-            *(row for budget in mixed for row in modelopt_rows(arguments, budget)),
-            *(row for budget in mixed for row in upstream_rows(arguments, budget)),
-            *(row for budget in arguments.budgets for row in our_rows(arguments, budget))]
+    peers = [*modelopt_rows(arguments, mixed), *upstream_rows(arguments, mixed)] if mixed else []
+    return [Row("source", "the source itself", "", []), *uniform_rows(arguments), *peers, *our_rows(arguments, arguments.budgets)]
 
 
 # ---- running a row
@@ -191,7 +214,7 @@ def key_of(row: Row, arguments: argparse.Namespace) -> str:
     """Changes with everything that the row's figures depend on."""
     tools = [file_hash(HERE / f"requirements-{venv}.txt") for venv in row.venvs] or [row.ours and file_hash(arguments.prismaquant)]
     inputs = [model_hash(arguments.source), file_hash(arguments.calibration), file_hash(arguments.text), arguments.eval_tokens]
-    return hash_of([row.steps, tools, inputs])
+    return hash_of([row.steps, tools, inputs, row.needs and key_of(row.needs, arguments)])
 
 
 def cached(row: Row, arguments: argparse.Namespace) -> dict | None:
@@ -232,30 +255,41 @@ def run_row(row: Row, arguments: argparse.Namespace) -> dict:
     printed = ""
     for number, command in enumerate(row.steps, 1):
         printed = run_step(command, folder, f"step{number}", usage)
-    if not row.measures_itself:
+    if row.leaves == "checkpoint":
         checkpoint = folder / "checkpoint" if row.steps else arguments.source
         evaluate = [str(ROOT / ".venv-test/bin/python"), str(HERE / "evaluate.py"), str(arguments.source), str(checkpoint),
                     *held_out_options(arguments, "--tokens")]
         printed = run_step(evaluate, folder, "evaluate", Usage())
-    result = {"resources": dataclasses.asdict(usage), **json.loads(printed.splitlines()[-1])}
-    (folder / "result.json").write_text(json.dumps({"key": key_of(row, arguments), "row": dataclasses.asdict(row), "result": result}, indent=1))
+    measured = {} if row.leaves == "preparation" else json.loads(printed.splitlines()[-1])
+    result = {"resources": dataclasses.asdict(usage), **measured}
+    (folder / "result.json").write_text(json.dumps({"key": key_of(row, arguments), "result": result}, indent=1))
     return result
 
 
+def obtain(row: Row, arguments: argparse.Namespace, results: dict[str, dict]) -> None:
+    """Puts the row's result among the results: from its folder, or by running it and what it needs. A failure is {"failed": why}."""
+    if row.name in results:
+        return
+    result = cached(row, arguments)
+    if result is None:
+        if row.needs:
+            obtain(row.needs, arguments, results)
+        print(f"== {row.name}", file=sys.stderr, flush=True)
+        try:
+            if row.needs and "failed" in results[row.needs.name]:
+                raise Failed(results[row.needs.name]["failed"])
+            result = run_row(row, arguments)
+        except Failed as failure:
+            result = {"failed": str(failure)}
+            print(f"   failed: {failure}", file=sys.stderr, flush=True)
+    results[row.name] = result
+
+
 def collect(rows: list[Row], arguments: argparse.Namespace) -> dict[str, dict]:
-    """Results by the rows' names; of a row that failed {"failed": why}."""
-    results = {}
+    results: dict[str, dict] = {}
     for row in rows:
-        result = cached(row, arguments)
-        if result is None and re.search(arguments.only, row.name):
-            print(f"== {row.name}", file=sys.stderr, flush=True)
-            try:
-                result = run_row(row, arguments)
-            except Failed as failure:
-                result = {"failed": str(failure)}
-                print(f"   failed: {failure}", file=sys.stderr, flush=True)
-        if result is not None:
-            results[row.name] = result
+        if re.search(arguments.only, row.name) or cached(row, arguments):
+            obtain(row, arguments, results)
     return results
 
 
@@ -268,9 +302,12 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 def result_cells(row: Row, result: dict) -> list[str]:
     if "failed" in result:
         return [row.tool, f"{row.settings}: cannot run: {result['failed'].replace('|', '/')}", *["-"] * 8]
+    measured = ["-"] * 5
+    if row.leaves != "preparation":
+        measured = ["-" if result["file_bytes"] is None else f"{result['file_bytes']:,}", f"{result['bpp']:.3f}",
+                    f"{result['kl']:.4f} ± {result['kl_stderr']:.4f}", f"{result['ppl']:.2f}", f"{100 * result['top1']:.1f} %"]
     used = result["resources"]
-    return [row.tool, row.settings, "-" if result["file_bytes"] is None else f"{result['file_bytes']:,}", f"{result['bpp']:.3f}",
-            f"{result['kl']:.4f} ± {result['kl_stderr']:.4f}", f"{result['ppl']:.2f}", f"{100 * result['top1']:.1f} %",
+    return [row.tool, row.settings, *measured,
             *([f"{used['wall_s']:.0f}", f"{used['cpu_s']:.0f}", f"{used['peak_mb']:.0f}"] if row.steps else ["-"] * 3)]
 
 
@@ -303,7 +340,7 @@ def main() -> None:
     shown = [row for row in rows if row.name in results]
     print(markdown(["tool", "settings", "bytes of files", "bpp", "KL", "perplexity", "top-1", "wall s", "CPU s", "peak MB"],
                    [result_cells(row, results[row.name]) for row in shown]))
-    ours = [row for row in shown if row.ours and "failed" not in results[row.name]]
+    ours = [row for row in shown if row.ours and "kl" in results[row.name]]
     if ours:
         print()
         print(markdown(["PrismaQuant", "bpp", "KL", "best peer at no more bits", "its bpp", "its KL", "ratio of the KLs"],

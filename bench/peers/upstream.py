@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Formats that the published PrismaQuant (the Python package prismaquant) chooses for each Linear, on a CPU.
 
-usage: upstream.py SOURCE CHOICES.json --work DIR --calibration TEXT --bpp 5.5 [--formats NVFP4,FP8_DYNAMIC,BF16]
+usage: upstream.py SOURCE --work DIR --calibration TEXT
+       upstream.py SOURCE --work DIR --choose CHOICES.json --bpp 5.5 --formats NVFP4,FP8_DYNAMIC,BF16
 
-Runs the package's probe, its measurement of rounding costs and its allocator, one after the other. The first two refuse to run without
-CUDA; the function that refuses is answered "cpu" here. CHOICES.json is {Linear: format}.
+The first runs the package's probe and its measurement of rounding costs, the second its allocator. The probe and the measurement refuse to
+run without CUDA; the function that refuses is answered "cpu" here. CHOICES.json is {Linear: format}.
 """
 import argparse
 import json
@@ -18,6 +19,7 @@ from prismaquant import gpu_guard
 from prismaquant.layer_config import load_assignment
 from transformers import AutoTokenizer
 
+MEASURED = "NVFP4,FP8_DYNAMIC,MXFP8,BF16"
 AS_QWEN3 = ("llama", "mistral")  # not registered there; the same names of Linears, fused in the same way
 
 
@@ -52,8 +54,7 @@ def layer_count(source: pathlib.Path) -> int:
     return config.get("text_config", config)["num_hidden_layers"]
 
 
-def choose(arguments: argparse.Namespace) -> dict[str, str]:
-    work = arguments.work.resolve()
+def measure(arguments: argparse.Namespace, work: pathlib.Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     windows = text_windows(arguments.source, arguments.calibration, arguments.samples, arguments.tokens)
     write_calibration(work / "calibration.jsonl", arguments.source, windows)
@@ -63,27 +64,35 @@ def choose(arguments: argparse.Namespace) -> dict[str, str]:
               "--no-include-lm-head"]
     run("incremental_probe", *common, "--dataset", work / "calibration.jsonl", "--nsamples", arguments.samples,
         "--seqlen", arguments.tokens, "--output", work / "probe.pkl")
-    run("incremental_measure_quant_cost", *common, "--cost-mode", "local", "--probe", work / "probe.pkl", "--formats", arguments.formats,
+    run("incremental_measure_quant_cost", *common, "--cost-mode", "local", "--probe", work / "probe.pkl", "--formats", MEASURED,
         "--mode", "batched", "--skip-missing-activations", "--output", work / "costs.pkl")
+
+
+def choose(arguments: argparse.Namespace, work: pathlib.Path) -> dict[str, str]:
+    layer_config = arguments.choose.with_suffix(".layer_config")
     run("allocator", "--probe", work / "probe.pkl", "--costs", work / "costs.pkl", "--target-bits", arguments.bpp,
         "--formats", arguments.formats, "--model-override", profile_model(work, arguments.source),
-        "--layer-config", work / "layer_config.json", "--pareto-csv", work / "pareto.csv")
-    return load_assignment(work / "layer_config.json")
+        "--layer-config", layer_config, "--pareto-csv", layer_config.with_suffix(".csv"))
+    return load_assignment(layer_config)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=pathlib.Path)
-    parser.add_argument("choices", type=pathlib.Path)
     parser.add_argument("--work", type=pathlib.Path, required=True)
-    parser.add_argument("--bpp", type=float, required=True)
-    parser.add_argument("--formats", default="NVFP4,FP8_DYNAMIC,BF16")
-    parser.add_argument("--calibration", type=pathlib.Path, required=True)
+    parser.add_argument("--calibration", type=pathlib.Path)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--choose", type=pathlib.Path, metavar="CHOICES")
+    parser.add_argument("--bpp", type=float)
+    parser.add_argument("--formats")
     arguments = parser.parse_args()
     gpu_guard.require_cuda_hot_path = lambda component, device="cuda": torch.device("cpu")
-    arguments.choices.write_text(json.dumps(choose(arguments), indent=1))
+    work = arguments.work.resolve()
+    if arguments.choose:
+        arguments.choose.write_text(json.dumps(choose(arguments, work), indent=1))
+    else:
+        measure(arguments, work)
 
 
 if __name__ == "__main__":
