@@ -20,6 +20,7 @@ from prismaquant.layer_config import load_assignment
 from transformers import AutoTokenizer
 
 MEASURED = "NVFP4,FP8_DYNAMIC,MXFP8,BF16"
+SCHEMES = {"MXFP8_E4M3": "MXFP8", "FP8_E4M3": "FP8_DYNAMIC"}  # llm-compressor's names
 AS_QWEN3 = ("llama", "mistral")  # not registered there; the same names of Linears, fused in the same way
 
 
@@ -73,7 +74,7 @@ def choose(arguments: argparse.Namespace, work: pathlib.Path) -> dict[str, str]:
     run("allocator", "--probe", work / "probe.pkl", "--costs", work / "costs.pkl", "--target-bits", arguments.bpp,
         "--formats", arguments.formats, "--model-override", profile_model(work, arguments.source),
         "--layer-config", layer_config, "--pareto-csv", layer_config.with_suffix(".csv"))
-    return load_assignment(layer_config)
+    return {linear: SCHEMES.get(name, name) for linear, name in load_assignment(layer_config).items()}
 
 
 def main() -> None:
