@@ -44,7 +44,7 @@ struct Comparison {
   std::vector<FidelityCase> cases;
   std::vector<CaseObservations> observations;  // as cases
   MeasuredKls measured;
-  size_t windows = 0;      // measured
+  size_t windows = 0;       // measured
   int64_t loss_tokens = 0;  // of the calibration
 
   double Kl(const FidelityCase& one, const std::string& format) const {
@@ -68,8 +68,8 @@ Json MeasuredIdentity(const Flags& flags, const TokenWindows& calibration) {
   };
   return {{"source", name(flags.source)},
           {"calibration", calibration.fingerprint},
-          {"text", flags.text.empty() ? name(flags.calibration_file) + ", last tenth"
-                                      : name(flags.text)},
+          {"text",
+           flags.text.empty() ? name(flags.calibration_file) + ", last tenth" : name(flags.text)},
           {"window", kEvaluationWindow},
           {"weights_only", flags.weights_only}};
 }
@@ -79,8 +79,9 @@ Result<Comparison> Measure(const Flags& flags) {
   PQ_ASSIGN_OR_RETURN(const auto model, Model::Open(checkpoint));
   PQ_ASSIGN_OR_RETURN(const Tokenizer tokenizer, Tokenizer::Load(flags.source));
   Calibration calibration;
-  PQ_ASSIGN_OR_RETURN(calibration.text, SampleCalibration(flags.calibration, tokenizer,
-                                                          flags.source, model->config().vocab_size));
+  PQ_ASSIGN_OR_RETURN(
+      calibration.text,
+      SampleCalibration(flags.calibration, tokenizer, flags.source, model->config().vocab_size));
   PQ_ASSIGN_OR_RETURN(const TokenWindows windows, ReadWindows(flags, tokenizer, *model));
   PQ_ASSIGN_OR_RETURN(const SourceBody body, SourceBody::Load(*model));
   std::vector<const Format*> formats;
@@ -93,10 +94,9 @@ Result<Comparison> Measure(const Flags& flags) {
     PQ_ASSIGN_OR_RETURN(const CalibrationPass pass, RunCalibration(body, calibration.text));
     result.cases = MakeCases(body, DrawLinears(*model, flags.linears, flags.calibration.seed),
                              pass.input_amax, formats);
-    result.observations = ObserveCases(body, result.cases, calibration, pass,
-                                       {.draws = flags.draws,
-                                        .seed = flags.calibration.seed,
-                                        .weights_only = flags.weights_only});
+    result.observations = ObserveCases(
+        body, result.cases, calibration, pass,
+        {.draws = flags.draws, .seed = flags.calibration.seed, .weights_only = flags.weights_only});
   }
   PQ_ASSIGN_OR_RETURN(result.measured,
                       MeasureKl(body, result.cases, windows,
@@ -122,18 +122,22 @@ std::vector<size_t> CasesOf(const Comparison& comparison, const std::string& for
   return indices;
 }
 
-// How far chance moves one figure: relative standard errors, mean over the cases.
-void PrintErrors(const Comparison& comparison, const std::string& format,
-                 const std::vector<size_t>& indices) {
-  double predicted = 0, measured = 0;
+void PrintEstimator(const Comparison& comparison, const std::string& format,
+                    const Estimator& estimator, const std::vector<size_t>& indices,
+                    const std::vector<double>& measured) {
+  std::vector<double> predicted;
+  double error = 0;
   for (const size_t i : indices) {
-    const WindowKls& kls = comparison.measured.at(comparison.cases[i].linear.name).at(format);
-    predicted += comparison.observations[i].formats.at(format).RelativeError(Term::kWhole);
-    measured += kls.StandardError(comparison.windows) / kls.Mean(comparison.windows);
+    const CaseObservations& one = comparison.observations[i];
+    const Estimate estimate =
+        estimator.Predict(one, one.formats.at(format), comparison.loss_tokens);
+    predicted.push_back(estimate.kl);
+    error += estimate.relative_error / static_cast<double>(indices.size());
   }
-  const auto count = static_cast<double>(indices.size());
-  fmt::print("relative standard error: {:.3f} of a directional figure, {:.3f} of a measured one\n",
-             predicted / count, measured / count);
+  const Agreement found = Compare(predicted, measured);
+  fmt::print("{:<32} {:>6.3f} {:>8.3f} {:>9.3f} {:>7.3f} {:>8.3f} {:>9.3f}\n", estimator.name(),
+             found.rank_correlation, found.log_correlation, found.geometric_mean, found.spread,
+             found.ratio_of_sums, error);
 }
 
 void PrintFormat(const Comparison& comparison, const std::string& format) {
@@ -144,21 +148,17 @@ void PrintFormat(const Comparison& comparison, const std::string& format) {
   for (const std::string& name : negligible) fmt::print("  below: {}\n", name);
   if (indices.size() < 2) return;
   std::vector<double> measured;
-  for (const size_t i : indices) measured.push_back(comparison.Kl(comparison.cases[i], format));
-  PrintErrors(comparison, format, indices);
-  fmt::print("{:<32} {:>6} {:>8} {:>10} {:>7} {:>8}\n", "cost model", "rank", "log corr",
-             "pred/meas", "spread", "of sums");
+  double error = 0;
+  for (const size_t i : indices) {
+    const WindowKls& kls = comparison.measured.at(comparison.cases[i].linear.name).at(format);
+    measured.push_back(kls.Mean(comparison.windows));
+    error += kls.StandardError(comparison.windows) / measured.back();
+  }
+  fmt::print("{:<32} {:>6} {:>8} {:>9} {:>7} {:>8} {:>9}\n", "cost model", "rank", "log corr",
+             "pred/meas", "spread", "of sums", "std error");
+  fmt::print("{:<66} {:>17.3f}\n", "measured", error / static_cast<double>(indices.size()));
   for (const Estimator& estimator : AllEstimators()) {
-    std::vector<double> predicted;
-    for (const size_t i : indices) {
-      const CaseObservations& one = comparison.observations[i];
-      predicted.push_back(
-          estimator.predict(one, one.formats.at(format), comparison.loss_tokens));
-    }
-    const Agreement found = Compare(predicted, measured);
-    fmt::print("{:<32} {:>6.3f} {:>8.3f} {:>10.3f} {:>7.3f} {:>8.3f}\n", estimator.name,
-               found.rank_correlation, found.log_correlation, found.geometric_mean, found.spread,
-               found.ratio_of_sums);
+    PrintEstimator(comparison, format, estimator, indices, measured);
   }
 }
 
@@ -180,12 +180,12 @@ Json ToJson(const Comparison& comparison) {
     const FidelityCase& one = comparison.cases[i];
     const CaseObservations& found = comparison.observations[i];
     Json& entry = json["linears"][one.linear.name];
-    entry["fisher_trace"] = found.fisher_trace;
+    entry["fisher_traces"] = found.fisher_traces;
     for (const auto& [name, format] : found.formats) {
       const WindowKls& kls = comparison.measured.at(one.linear.name).at(name);
       Json predicted = Json::object();
       for (const Estimator& estimator : AllEstimators()) {
-        predicted[estimator.name] = estimator.predict(found, format, comparison.loss_tokens);
+        predicted[estimator.name()] = estimator.Predict(found, format, comparison.loss_tokens).kl;
       }
       entry["formats"][name] = {{"kl", kls.Mean(comparison.windows)},
                                 {"kl_stderr", kls.StandardError(comparison.windows)},
@@ -256,8 +256,8 @@ int main(int argc, char** argv) {
   prismaquant::Register(app, flags);
   CLI11_PARSE(app, argc, argv);
   flags.calibration.file = flags.calibration_file;
-  const prismaquant::Status status = prismaquant::GuardTorch(
-      "cost_fidelity", [&] { return prismaquant::RunFidelity(flags); });
+  const prismaquant::Status status =
+      prismaquant::GuardTorch("cost_fidelity", [&] { return prismaquant::RunFidelity(flags); });
   if (!status.ok()) fmt::print(stderr, "cost_fidelity: {}\n", status.message());
   return status.exit_code();
 }

@@ -5,20 +5,39 @@
 // backward passes told.
 
 #include <cstdint>
-#include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bench/fidelity/observations.h"
 
 namespace prismaquant {
 
-struct Estimator {
-  std::string name;
+// Standard error of the sum of the values, drawn independently, relative to it; 0 for one value.
+double RelativeError(const std::vector<double>& values);
+
+struct Estimate {
+  double kl = 0;
+  double relative_error = 0;  // standard error over the sequences / kl
+};
+
+class Estimator {
+ public:
+  // 1/2 of the weighted sum of terms, summed over the sequences and divided by the tokens; with
+  // several such sums their geometric mean.
+  Estimator(std::string name, std::vector<std::vector<WeightedTerm>> sums)
+      : name_(std::move(name)), sums_(std::move(sums)) {}
+  // 1/2 mean(dW^2) sum_t |g_t|^2 |x_t|^2 / tokens.
+  static Estimator FisherTrace() { return {"fisher-trace", {}}; }
+
+  const std::string& name() const { return name_; }
   // `tokens`: positions with a loss.
-  std::function<double(const CaseObservations& one, const FormatObservations& format,
-                       int64_t tokens)>
-      predict;
+  Estimate Predict(const CaseObservations& one, const FormatObservations& format,
+                   int64_t tokens) const;
+
+ private:
+  std::string name_;
+  std::vector<std::vector<WeightedTerm>> sums_;  // none: fisher-trace
 };
 
 std::vector<Estimator> AllEstimators();

@@ -90,8 +90,8 @@ class KlMeter {
         windows_(windows),
         options_(options),
         context_(body.Context(windows.length())),
-        block_(std::clamp<int64_t>(kBlockElements / body.head().vocab_size(), 1,
-                                   windows.length())) {}
+        block_(
+            std::clamp<int64_t>(kBlockElements / body.head().vocab_size(), 1, windows.length())) {}
 
   Result<MeasuredKls> Run() {
     PQ_ASSIGN_OR_RETURN(measured_, ReadMeasured(options_));
@@ -169,8 +169,7 @@ class KlMeter {
   void ForBlocks(const at::Tensor& hidden, Body body) const {
     for (int64_t window = 0; window < count_; ++window) {
       for (int64_t begin = 0; begin < windows_.length(); begin += block_) {
-        body(window,
-             hidden[window].narrow(0, begin, std::min(block_, windows_.length() - begin)));
+        body(window, hidden[window].narrow(0, begin, std::min(block_, windows_.length() - begin)));
       }
     }
   }

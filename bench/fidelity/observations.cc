@@ -43,6 +43,7 @@ class CaseObserver {
         weights_only_(options.weights_only),
         draws_(static_cast<double>(options.draws)),
         result_(result) {
+    result_.fisher_traces.assign(static_cast<size_t>(sequences), 0);
     for (const Format* format : one.formats) {
       FormatObservations& found = result_.formats[std::string(format->name())];
       found.terms.assign(static_cast<size_t>(options.draws),
@@ -60,13 +61,17 @@ class CaseObserver {
                const at::Tensor& dx) {
     if (fresh_) SetInput(x);
     fresh_ = false;
-    const at::Tensor energy = x.square().sum(-1).to(at::kDouble);
-    result_.fisher_trace += Sum(g.square().sum(-1).to(at::kDouble) * energy) / draws_;
+    const at::Tensor g_square = g.square(), x_square = x.square();
+    const at::Tensor energies = g_square.sum(-1).to(at::kDouble) * x_square.sum(-1);
+    result_.fisher_traces[sequence] += Sum(energies) / draws_;
     const at::Tensor weight_gradient = at::matmul(g.t(), x);
+    const at::Tensor weight_gradient_squares = at::matmul(g_square.t(), x_square);
     for (const Errors& errors : errors_) {
       Terms& terms = errors.found->terms[draw][sequence];
       AddWholes(g * errors.output, terms);
       AddWeights(weight_gradient * errors.weight, terms);
+      At(terms, Term::kWeightTokens) =
+          Sum((weight_gradient_squares * errors.weight.square()).sum(-1));
       if (errors.input.defined()) AddInputs(dx * errors.input, terms);
     }
   }
@@ -241,28 +246,17 @@ class Observation {
 
 }  // namespace
 
-double FormatObservations::Cost(Term term, int64_t tokens) const {
-  double sum = 0;
+std::vector<double> FormatObservations::PerSequence(const std::vector<WeightedTerm>& sum) const {
+  std::vector<double> values(terms.front().size(), 0);
   for (const std::vector<Terms>& draw : terms) {
-    for (const Terms& sequence : draw) sum += sequence[static_cast<size_t>(term)];
-  }
-  return 0.5 * sum / static_cast<double>(terms.size()) / static_cast<double>(tokens);
-}
-
-double FormatObservations::RelativeError(Term term) const {
-  const size_t count = terms.front().size();
-  if (count < 2) return 0;
-  double sum = 0, squares = 0;
-  for (size_t n = 0; n < count; ++n) {
-    double mean = 0;
-    for (const std::vector<Terms>& draw : terms) {
-      mean += draw[n][static_cast<size_t>(term)] / static_cast<double>(terms.size());
+    for (size_t n = 0; n < values.size(); ++n) {
+      for (const auto& [term, weight] : sum) {
+        values[n] += weight * draw[n][static_cast<size_t>(term)];
+      }
     }
-    sum += mean;
-    squares += mean * mean;
   }
-  const auto n = static_cast<double>(count);
-  return std::sqrt(std::max(squares - sum * sum / n, 0.0) * n / (n - 1)) / sum;
+  for (double& value : values) value /= static_cast<double>(terms.size());
+  return values;
 }
 
 Result<CalibrationPass> RunCalibration(const SourceBody& body, const TokenWindows& windows) {

@@ -41,30 +41,34 @@ enum class Term {
   kWeightRows,  // per row of W, ...
   kWeightColumns,
   kWeightElements,
-  kInputs,       // second part, that of the activations: whole
-  kInputTokens,  // per row of x, ...
+  kWeightTokens,  // per element and token
+  kInputs,        // second part, that of the activations: whole
+  kInputTokens,   // per row of x, ...
   kInputColumns,
   kInputElements,
 };
-inline constexpr std::array<std::string_view, 18> kTermNames = {
-    "whole",           "whole_16",        "whole_32",      "whole_64",     "whole_128",
-    "whole_256",       "tokens",          "rows",          "rows_64",      "elements",
-    "weights",         "weight_rows",     "weight_columns", "weight_elements", "inputs",
-    "input_tokens",    "input_columns",   "input_elements"};
+inline constexpr std::array<std::string_view, 19> kTermNames = {
+    "whole",     "whole_16",     "whole_32",       "whole_64",        "whole_128",
+    "whole_256", "tokens",       "rows",           "rows_64",         "elements",
+    "weights",   "weight_rows",  "weight_columns", "weight_elements", "weight_tokens",
+    "inputs",    "input_tokens", "input_columns",  "input_elements"};
 using Terms = std::array<double, kTermNames.size()>;
 
+struct WeightedTerm {
+  Term term = Term::kWhole;
+  double weight = 1;
+};
+
 struct FormatObservations {
-  double weight_mse = 0;                // mean of dW^2
+  double weight_mse = 0;                  // mean of dW^2
   std::vector<std::vector<Terms>> terms;  // per draw, per sequence
 
-  // 1/2 sum over sequences / tokens, mean over draws: nats per token.
-  double Cost(Term term, int64_t tokens) const;
-  // Standard error of Cost over the sequences, relative to it.
-  double RelativeError(Term term) const;
+  // The weighted sum of terms of each sequence, mean over draws.
+  std::vector<double> PerSequence(const std::vector<WeightedTerm>& sum) const;
 };
 
 struct CaseObservations {
-  double fisher_trace = 0;  // sum_t |g_t|^2 |x_t|^2, mean over draws
+  std::vector<double> fisher_traces;  // per sequence: sum_t |g_t|^2 |x_t|^2, mean over draws
   std::map<std::string, FormatObservations> formats;
 };
 
