@@ -195,13 +195,16 @@ std::vector<UnitCosts> UnitsWithoutCosts(const Model& model, const UnitRules& ru
 Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& store,
                                               const LossTokens& tokens,
                                               const UnitCostOptions& options) {
-  PQ_ASSIGN_OR_RETURN(const CostTable costs, LoadCosts(model, store, options.rounding));
+  const bool directional = options.cost == CostModel::kDirectional;
+  PQ_ASSIGN_OR_RETURN(
+      const CostTable costs,
+      LoadCosts(model, store, directional ? options.rounding : Rounding::kNearest));
   PQ_ASSIGN_OR_RETURN(const auto stats, StatsByName(store));
   const auto parts = PartsByName(model);
   std::vector<UnitCosts> units = UnitsWithoutCosts(model, options.rules);
   for (UnitCosts& unit : units) {
     for (UnitFormat& format : unit.formats) {
-      if (options.cost == CostModel::kDirectional) {
+      if (directional) {
         std::map<std::string, std::string> choices;
         for (const std::string& linear : unit.linears) choices[linear] = format.format;
         PQ_ASSIGN_OR_RETURN(format.losses, DirectionalLosses(costs, choices, parts, tokens));
