@@ -99,21 +99,22 @@ PAGES = [  # technical English: page, bytes
     *((f"{HANDBOOK}/en-US/{p}", 3500) for p in ("sect.why-gnu-linux.html", "sect.backup.html", "sect.ipv6.html",
                                                 "sect.release-lifecycle.html")),
 ]
-FAQ = [("faq/programming.html", "plain", 12), ("faq/design.html", "chatml", 10), ("faq/library.html", "instruct", 8)]
+FAQ = [("faq/programming.html", 12), ("faq/design.html", 10), ("faq/library.html", 8)]
+STYLES = ["plain", "chatml", "instruct"]
 HELDOUT_FAQ = "faq/extending.html"
 LATEX = ["calculus/quadrature.py", "calculus/extrapolation.py", "functions/zeta.py", "functions/theta.py",
          "calculus/differentiation.py", "calculus/odes.py", "function_docs.py"]
 NOVELS = [(0, 30), (1, 12), (2, 10), (4, 23), (5, 16), (3, 8), (0, 5), (4, 40), (2, 20), (1, 40)]  # which novel, which of its chapters
 
-# Languages of the two manuals. Every language gets other pages, so that no page is there in all of them.
-HANDBOOK_LANGUAGES = ["de-DE", "fr-FR", "es-ES", "pt-BR", "it-IT", "ru-RU", "ja-JP", "zh-CN", "zh-TW", "ko-KR", "ar-MA",
-                      "pl-PL", "nl-NL", "id-ID", "fa-IR", "tr-TR", "sv-SE", "vi-VN", "da-DK", "cs-CZ", "nb-NO"]
+# Languages, scripts mixed. Every language gets other pages of the two manuals, so that no page is there in all of them.
+HANDBOOK_LANGUAGES = ["de-DE", "ru-RU", "fr-FR", "zh-CN", "es-ES", "ja-JP", "pt-BR", "ko-KR", "it-IT", "ar-MA", "pl-PL",
+                      "zh-TW", "nl-NL", "fa-IR", "id-ID", "tr-TR", "sv-SE", "vi-VN", "cs-CZ", "nb-NO"]
 HANDBOOK_PAGES = [f"sect.{p}.html" for p in (
     "role-of-distributions", "foundation-documents", "debian-internals", "master-plan", "user-space", "computer-layers",
     "kernel-role-and-tasks", "filesystem-hierarchy", "firewall-packet-filtering", "virtual-private-network",
     "why-debian", "who-is-this-book-for", "dealing-with-compromised-machine", "domain-name-servers", "apt-get")]
-GNOME_LANGUAGES = ["de", "fr", "es", "pt_BR", "it", "ru", "ja", "zh_CN", "ko", "hi", "uk", "el", "hu", "ro", "fi", "he",
-                   "ta", "te", "gu", "mr", "pa", "sv", "pl", "cs", "nl", "tr", "id", "ca", "sr", "vi"]
+GNOME_LANGUAGES = ["zh_CN", "de", "hi", "fr", "ru", "es", "ja", "pt_BR", "ko", "it", "uk", "sv", "el", "pl", "cs",
+                   "ta", "nl", "te", "gu", "id", "mr", "hu", "sr", "fi", "ca", "vi"]
 GNOME_PAGES = [f"gnome-help/{p}.page" for p in (
     "power-batterylife", "backup-why", "color-whyimportant", "user-goodpassword", "mouse-middleclick", "power-whydim",
     "net-wireless-wepwpa", "display-blank", "files-lost", "net-what-is-ip-address", "privacy-screen-lock",
@@ -121,9 +122,9 @@ GNOME_PAGES = [f"gnome-help/{p}.page" for p in (
     "clock-timezone", "bluetooth-problem-connecting", "backup-thinkabout", "net-vpn-connect", "disk-partitions",
     "power-nowireless", "files-search", "shell-workspaces", "session-language", "hardware-cardreader",
     "net-security-tips", "color-testing", "power-suspend")]
-OTHER_SCRIPTS = {"ru", "ja", "zh", "ko", "ar", "fa", "hi", "uk", "el", "he", "ta", "te", "gu", "mr", "pa", "sr"}
-UDHR = ["swh", "yor", "vie", "tha", "tur", "pol", "ukr", "ell_monotonic", "heb", "ben", "tam", "urd", "pes_1", "ind",
-        "nld", "swe", "fin", "ces", "hun", "ron_2006", "amh", "kat", "hye"]
+OTHER_SCRIPTS = {"ru", "ja", "zh", "ko", "ar", "fa", "hi", "uk", "el", "ta", "te", "gu", "mr", "sr"}
+UDHR = ["swh", "tha", "yor", "ukr", "vie", "ell_monotonic", "tur", "heb", "pol", "ben", "ind", "tam", "nld", "urd",
+        "swe", "pes_1", "fin", "amh", "ces", "kat", "hun", "hye", "ron_2006"]
 
 
 def fetch(folder):
@@ -358,10 +359,11 @@ def exchanges(path):
             answer.append(shown((kind, text)))
 
 
-def faq(folder, name, style):
-    for question, answer in exchanges(folder / PYDOC / name):
-        if 500 < len(answer) < 3500:
-            yield rendered(style, [("user", question), ("assistant", answer)])
+def faq(folder, name):
+    """Exchanges of a fair length, in one style after the other."""
+    fair = [(question, answer) for question, answer in exchanges(folder / PYDOC / name) if 500 < len(answer) < 3500]
+    for i, (question, answer) in enumerate(fair):
+        yield rendered(STYLES[i % len(STYLES)], [("user", question), ("assistant", answer)])
 
 
 def rendered(style, turns):
@@ -373,11 +375,11 @@ def rendered(style, turns):
 
 
 def written(name):
-    """(title, text) of a file in written/: documents begin with a line `=== TITLE`; those whose title is a style of
+    """The texts of a file in written/: documents begin with a line `=== TITLE`; those whose title is a style of
     `rendered` consist of turns that begin with @ROLE."""
     for part in re.split(r"^=== ", (HERE / "written" / name).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         title, text = part.split("\n", 1)
-        if title in ("chatml", "plain", "instruct"):
+        if title in STYLES:
             turns = re.split(r"^@(system|user|assistant)\n", text, flags=re.MULTILINE)[1:]
             text = rendered(title, [(role, said.strip()) for role, said in zip(turns[::2], turns[1::2])])
         yield text
@@ -468,6 +470,7 @@ def wikitext(path):
         text = re.sub(r" ([,.;:!?%)\]])", r"\1", text)
         text = re.sub(r"([(\[$£]) ", r"\1", text)
         text = re.sub(r"(\ws) ' (?=\w)", r"\1' ", text)
+        text = text.replace(" ' s ", "'s ")
         text = re.sub(r" '(s|re|ve|ll|d|m|t)\b", r"'\1", text)
         text = re.sub(r" n't\b", "n't", text)
         text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
@@ -494,8 +497,8 @@ def calibration(folder, used):
             yield "mathematics", "mpmath", text
     for text in written("chat.txt"):
         yield "chat", "written", text
-    for name, style, count in FAQ:
-        for text in list(faq(folder, name, style))[:count]:
+    for name, count in FAQ:
+        for text in list(faq(folder, name))[:count]:
             yield "chat", "python3.11-doc", text
     for text in manuals(folder, HANDBOOK_LANGUAGES, HANDBOOK_PAGES, handbook, 2, 2400, used):
         yield "languages", "debian-handbook", text
@@ -543,7 +546,7 @@ def main():
     prose = [(d, s, tidy(t)) for d, s, t in prose]
     sources = [("code", name.split("/")[0], tidy(any_code(folder / name, 3600))) for name in HELDOUT_CODE]
     mixed = [("mathematics and chat", "written", text) for text in written("heldout.txt")]
-    mixed += [("chat", "python3.11-doc", text) for text in list(faq(folder, HELDOUT_FAQ, "plain"))[:6]]
+    mixed += [("chat", "python3.11-doc", text) for text in list(faq(folder, HELDOUT_FAQ))[:6]]
     mixed += [("languages", "debian-handbook", text)
               for text in manuals(folder, HANDBOOK_LANGUAGES[:14], HANDBOOK_PAGES, handbook, 1, 2400, used)]
     mixed += [("languages", "gnome-user-docs", text)
