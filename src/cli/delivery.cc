@@ -42,11 +42,13 @@ Result<Json> MakeRecord(Session& session, const Delivery& delivery) {
                  {"prismaquant", kVersion},
                  {"key", DeliveryKey(session, delivery)},
                  {"run", session.identity()},
+                 {"calibration", nullptr},
                  {"render", RenderSettings(delivery.render)},
                  {"rendering", std::move(rendering)},
                  {"predicted_kl", nullptr},
                  {"predicted_kl_joint", nullptr},
                  {"evaluation", nullptr}};
+  if (!delivery.calibration.empty()) record["calibration"] = delivery.calibration;
   for (const auto& [name, value] : plan.items()) {
     if (!record.contains(name)) record[name] = value;
   }

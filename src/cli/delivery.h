@@ -23,7 +23,7 @@ struct Delivery {
   bool overwrite = false;
   std::string base_model;   // name in the card; the source folder's name if empty
   std::string command;      // how to make it again, for the card
-  std::string calibration;  // name of the calibration file
+  std::string calibration;  // name of the calibration text, empty if not known
   PlannedAllocation plan;
   std::vector<PlannedAllocation> sweep;
   // Of text and captions: KL. Text negative: there is no prediction.

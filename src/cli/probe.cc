@@ -45,7 +45,7 @@ Command AddProbeCommand(CLI::App& app) {
       app.add_subcommand("probe", "Measure sensitivity and costs of every Linear into a run store");
   command->add_option("SRC", flags->source, "Source checkpoint folder")->required();
   command->add_option("--work", flags->work, "Run store folder")->required();
-  flags->calibration.Register(*command, /*file_required=*/true);
+  flags->calibration.Register(*command);
   command
       ->add_option("--formats", flags->formats,
                    "Formats to price beside nvfp4, fp8, mxfp8 and bf16, which always are")

@@ -7,6 +7,7 @@
 
 #include "cli/delivery.h"
 #include "cli/tables.h"
+#include "data/bundled_text.h"
 #include "export/exporter.h"
 
 namespace prismaquant {
@@ -29,10 +30,10 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
     const std::filesystem::path whole = path;
     return (whole.has_filename() ? whole : whole.parent_path()).filename().string();
   };
-  std::string text = fmt::format(
-      "prismaquant quantize SRC OUT --calibration {} --samples {} --tokens {} --seed {}",
-      name(flags.calibration.file), flags.calibration.samples, flags.calibration.tokens,
-      flags.calibration.seed);
+  std::string text = "prismaquant quantize SRC OUT";
+  if (!flags.calibration.file.empty()) text += " --calibration " + name(flags.calibration.file);
+  text += fmt::format(" --samples {} --tokens {} --seed {}", flags.calibration.samples,
+                      flags.calibration.tokens, flags.calibration.seed);
   if (!flags.calibration.images.empty()) {
     text += fmt::format(" --images {} --image-samples {}", name(flags.calibration.images),
                         flags.calibration.image_samples);
@@ -109,8 +110,7 @@ Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& ses
     return {};
   }));
   const bool own = flags.eval_text.empty();
-  const std::string name =
-      std::filesystem::path(own ? flags.calibration.file : flags.eval_text).filename().string();
+  const std::string name = CalibrationName(own ? flags.calibration.file : flags.eval_text);
   PQ_RETURN_IF_ERROR(
       RecordEvaluation(session, delivery, evaluation, own ? name + ", last tenth" : name));
   PrintEvaluation(evaluation, delivery.predicted);
@@ -157,12 +157,11 @@ Status RunQuantize(const QuantizeFlags& flags) {
     PQ_ASSIGN_OR_RETURN(held_out.text, HeldOut(flags, *session));
     held_out.captions = session->held_out_captions();
   }
-  Delivery delivery{
-      .out = flags.out,
-      .overwrite = flags.overwrite,
-      .base_model = flags.base_model,
-      .command = ReproducingCommand(flags),
-      .calibration = std::filesystem::path(flags.calibration.file).filename().string()};
+  Delivery delivery{.out = flags.out,
+                    .overwrite = flags.overwrite,
+                    .base_model = flags.base_model,
+                    .command = ReproducingCommand(flags),
+                    .calibration = CalibrationName(flags.calibration.file)};
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
   if (flags.uniform.empty()) {
     const std::vector<std::string> formats = AdmittedFormats(flags.plan);
@@ -197,7 +196,7 @@ Command AddQuantizeCommand(CLI::App& app) {
   command->add_option("SRC", flags->source, "Source checkpoint folder")->required();
   command->add_option("OUT", flags->out, "Folder to write")->required();
   command->add_option("--work", flags->work, "Run store folder (default OUT.work)");
-  flags->calibration.Register(*command, /*file_required=*/true);
+  flags->calibration.Register(*command);
   flags->plan.Register(*command);
   command
       ->add_option(

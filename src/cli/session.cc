@@ -46,6 +46,9 @@ std::string PositiveNumber(const std::string& text) {
   return valid ? "" : fmt::format("{} is no positive number", text);
 }
 
+// An unset variable of a script must not stand for the default.
+std::string NamesFile(const std::string& text) { return text.empty() ? "names no file" : ""; }
+
 std::string PrecisionName(at::ScalarType type) {
   return type == at::kBFloat16 ? "bf16" : "float32";
 }
@@ -58,10 +61,13 @@ std::vector<std::string> FormatNames() {
   return names;
 }
 
-void CalibrationFlags::Register(CLI::App& command, bool file_required) {
-  auto* option = command.add_option(
-      "--calibration", file, "Calibration text: .txt, or .jsonl with text, messages or input_ids");
-  if (file_required) option->required();
+void CalibrationFlags::Register(CLI::App& command) {
+  command
+      .add_option(
+          "--calibration", file,
+          "Calibration text: .txt, or .jsonl with text, messages or input_ids (default: the "
+          "bundled mixture of prose, code, mathematics, chat and languages)")
+      ->check(NamesFile);
   command.add_option("--samples", samples, "Calibration sequences")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();

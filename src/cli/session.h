@@ -32,7 +32,7 @@ namespace prismaquant {
 std::vector<std::string> FormatNames();
 
 struct CalibrationFlags {
-  std::string file;
+  std::string file;  // empty: the bundled text
   int64_t samples = 32, tokens = 512;
   std::string images;
   int64_t image_samples = 32;
@@ -41,7 +41,7 @@ struct CalibrationFlags {
   std::string precision = "auto";
   int threads = 0;
 
-  void Register(CLI::App& command, bool file_required);
+  void Register(CLI::App& command);
 };
 
 struct PlanFlags {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/sha256.h"
+#include "data/bundled_text.h"
 #include "data/text_source.h"
 #include "io/file_system.h"
 
@@ -68,7 +69,7 @@ Result<TokenWindows> CutWindows(const std::vector<int32_t>& stream, int64_t toke
 Result<TokenWindows> SampleCalibration(const CalibrationOptions& options,
                                        const Tokenizer& tokenizer,
                                        const std::filesystem::path& folder, int64_t vocab_size) {
-  const std::string origin = options.file.string();
+  const std::string origin = CalibrationOrigin(options.file);
   PQ_ASSIGN_OR_RETURN(const TextSource source, TextSource::Read(options.file, folder, vocab_size));
   PQ_ASSIGN_OR_RETURN(const int32_t end_of_text, EndOfText(folder, tokenizer));
   PQ_ASSIGN_OR_RETURN(
@@ -112,13 +113,14 @@ Result<TokenWindows> EvaluationWindows(const std::filesystem::path& file,
 Result<TokenWindows> HeldOutWindows(const std::filesystem::path& calibration_file,
                                     const Tokenizer& tokenizer, const std::filesystem::path& folder,
                                     int64_t vocab_size, int64_t tokens, int64_t length) {
+  const std::string origin = CalibrationOrigin(calibration_file);
   PQ_ASSIGN_OR_RETURN(const TextSource source,
                       TextSource::Read(calibration_file, folder, vocab_size));
   PQ_ASSIGN_OR_RETURN(const int32_t end_of_text, EndOfText(folder, tokenizer));
   PQ_ASSIGN_OR_RETURN(const std::vector<int32_t> stream,
                       TokenStream(source, source.held_out_begin, source.documents.size(), tokenizer,
-                                  end_of_text, calibration_file.string()));
-  return CutWindows(stream, tokens, length, calibration_file.string() + ", last tenth");
+                                  end_of_text, origin));
+  return CutWindows(stream, tokens, length, origin + ", last tenth");
 }
 
 }  // namespace prismaquant

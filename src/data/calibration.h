@@ -1,7 +1,7 @@
 #ifndef PRISMAQUANT_DATA_CALIBRATION_H_
 #define PRISMAQUANT_DATA_CALIBRATION_H_
 
-// Calibration data: windows of T tokens taken deterministically from a text file, and captioned
+// Calibration data: windows of T tokens taken deterministically from a text, and captioned
 // images. The last tenth of the text is never sampled from, so that it can serve as held-out text.
 
 #include <cstdint>
@@ -16,8 +16,9 @@
 namespace prismaquant {
 
 struct CalibrationOptions {
-  std::filesystem::path
-      file;  // .txt (documents separated by blank lines) or .jsonl (text, messages or input_ids)
+  // .txt (documents separated by blank lines) or .jsonl (text, messages or input_ids); empty is the
+  // bundled text.
+  std::filesystem::path file;
   int64_t samples = 32;
   int64_t tokens = 512;  // per sample, BOS included
   uint64_t seed = 0;
@@ -61,7 +62,7 @@ Result<TokenWindows> SampleCalibration(const CalibrationOptions& options,
 // only (at least one, else kInvalidInput).
 Result<TokenWindows> EvaluationWindows(const std::filesystem::path& file,
                                        const Tokenizer& tokenizer, int64_t tokens, int64_t length);
-// The same, from the last tenth of a calibration file.
+// The same, from the last tenth of a calibration file, the bundled text if its path is empty.
 Result<TokenWindows> HeldOutWindows(const std::filesystem::path& calibration_file,
                                     const Tokenizer& tokenizer, const std::filesystem::path& folder,
                                     int64_t vocab_size, int64_t tokens, int64_t length);

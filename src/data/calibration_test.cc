@@ -8,6 +8,7 @@
 #include <set>
 
 #include "base/json.h"
+#include "data/bundled_text.h"
 #include "data/text_source.h"
 #include "io/temporary_folder.h"
 #include "tokenizer/bpe.h"
@@ -39,14 +40,19 @@ class CalibrationTest : public ::testing::Test {
     folder_.Put("tokenizer.json", json_.dump());
     return Tokenizer::Load(folder_.path()).value();
   }
-  Result<TokenWindows> Sample(const std::string& name, int64_t samples, int64_t tokens,
+  static std::filesystem::path BundledFile() { return {}; }
+  Result<TokenWindows> Sample(const std::filesystem::path& name, int64_t samples, int64_t tokens,
                               uint64_t seed = 0) {
     const CalibrationOptions options{
-        .file = folder_ / name, .samples = samples, .tokens = tokens, .seed = seed};
+        .file = Path(name), .samples = samples, .tokens = tokens, .seed = seed};
     return SampleCalibration(options, LoadTokenizer(), folder_.path(), kVocabulary);
   }
-  Result<TextSource> Read(const std::string& name) {
-    return TextSource::Read(folder_ / name, folder_.path(), kVocabulary);
+  Result<TextSource> Read(const std::filesystem::path& name) {
+    return TextSource::Read(Path(name), folder_.path(), kVocabulary);
+  }
+
+  std::filesystem::path Path(const std::filesystem::path& name) {
+    return name.empty() ? name : folder_.path() / name;
   }
 
   TemporaryFolder folder_;
@@ -140,6 +146,47 @@ TEST_F(CalibrationTest, MessagesAreRenderedForChatMlTemplatesOnly) {
   folder_.Put("chat_template.jinja", "{{ '<|im_start|>' + role + content + '<|im_end|>' }}");
   EXPECT_EQ(Text(Read("chat.jsonl")->documents[0]),
             "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n");
+}
+
+TEST_F(CalibrationTest, TheBundledTextNeedsNoFileAndNoChatTemplate) {
+  const Result<TextSource> source = Read(BundledFile());
+  ASSERT_TRUE(source.ok()) << source.status().message();
+  EXPECT_GT(source->documents.size(), 200U);
+  for (const TextDocument& document : source->documents) {
+    EXPECT_TRUE(document.ends);
+    EXPECT_GT(Text(document).size(), 300U);
+    EXPECT_LT(Text(document).size(), 6000U);
+  }
+  const TokenWindows windows = Sample(BundledFile(), 64, 512).value();
+  EXPECT_EQ(windows.count(), 64);
+  EXPECT_NE(windows.fingerprint, Sample(BundledFile(), 64, 512, 1)->fingerprint);
+  const Result<TokenWindows> held_out =
+      HeldOutWindows({}, LoadTokenizer(), folder_.path(), kVocabulary, 1024, 512);
+  ASSERT_TRUE(held_out.ok()) << held_out.status().message();
+  const std::string first = Text(source->documents[source->held_out_begin]);
+  EXPECT_EQ(std::string(held_out->windows[0].begin(), held_out->windows[0].end()),
+            first.substr(0, 512));
+}
+
+TEST_F(CalibrationTest, AnyPartOfTheBundledTextIsMixed) {
+  const TextSource source = Read(BundledFile()).value();
+  constexpr size_t kPart = 30;
+  for (size_t begin = 0; begin + kPart <= source.documents.size(); begin += kPart) {
+    std::string part;
+    for (size_t d = begin; d < begin + kPart; ++d) part += Text(source.documents[d]);
+    for (const char* sign : {"<|im_start|>assistant", "\\frac", "return", " the "}) {
+      EXPECT_THAT(part, HasSubstr(sign)) << "documents from " << begin;
+    }
+    const auto ascii = std::count_if(part.begin(), part.end(), [](char c) { return c >= 0; });
+    EXPECT_LT(static_cast<double>(ascii), 0.9 * static_cast<double>(part.size()));
+  }
+}
+
+TEST_F(CalibrationTest, MessagesAboutTheBundledTextNameIt) {
+  EXPECT_THAT(Sample(BundledFile(), 1 << 16, 512).status().message(),
+              HasSubstr("the bundled calibration text: "));
+  EXPECT_EQ(CalibrationName(BundledFile()), "bundled");
+  EXPECT_EQ(CalibrationName("/folder/text.jsonl"), "text.jsonl");
 }
 
 TEST_F(CalibrationTest, BadRecordsAreNamedByLine) {

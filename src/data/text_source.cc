@@ -3,9 +3,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <string_view>
 #include <utility>
 
 #include "base/json.h"
+#include "data/bundled_text.h"
 #include "data/chat_template.h"
 #include "io/file_system.h"
 
@@ -101,34 +103,43 @@ size_t DocumentBytes(const TextDocument& document) {
   return text == nullptr ? 0 : text->size();
 }
 
-}  // namespace
-
-Result<TextSource> TextSource::Read(const std::filesystem::path& file,
-                                    const std::filesystem::path& folder, int64_t vocab_size) {
-  PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
-  TextSource source;
-  if (file.extension() != ".jsonl") {
-    source.documents = SplitAtBlankLines(text);
-    size_t bytes = 0;
-    while (source.held_out_begin < source.documents.size() &&
-           bytes < text.size() - text.size() / 10) {
-      bytes += DocumentBytes(source.documents[source.held_out_begin++]);
-    }
-    return source;
+TextSource FromText(const std::string& text) {
+  TextSource source{.documents = SplitAtBlankLines(text)};
+  size_t bytes = 0;
+  while (source.held_out_begin < source.documents.size() &&
+         bytes < text.size() - text.size() / 10) {
+    bytes += DocumentBytes(source.documents[source.held_out_begin++]);
   }
+  return source;
+}
+
+Result<TextSource> FromJsonLines(std::string_view text, const std::string& origin,
+                                 const std::filesystem::path& folder, int64_t vocab_size) {
+  TextSource source;
   JsonLinesReader reader(folder, vocab_size);
   size_t begin = 0;
   for (int64_t number = 1; begin < text.size(); ++number) {
     const size_t newline = std::min(text.find('\n', begin), text.size());
-    const std::string line = text.substr(begin, newline - begin);
+    const std::string line(text.substr(begin, newline - begin));
     begin = newline + 1;
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
     PQ_ASSIGN_OR_RETURN(TextDocument document,
-                        reader.Record(line, fmt::format("{}: line {}", file.string(), number)));
+                        reader.Record(line, fmt::format("{}: line {}", origin, number)));
     source.documents.push_back(std::move(document));
   }
   source.held_out_begin = source.documents.size() - source.documents.size() / 10;
   return source;
+}
+
+}  // namespace
+
+Result<TextSource> TextSource::Read(const std::filesystem::path& file,
+                                    const std::filesystem::path& folder, int64_t vocab_size) {
+  const std::string origin = CalibrationOrigin(file);
+  if (file.empty()) return FromJsonLines(BundledText(), origin, folder, vocab_size);
+  PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
+  if (file.extension() == ".jsonl") return FromJsonLines(text, origin, folder, vocab_size);
+  return FromText(text);
 }
 
 Result<std::vector<int32_t>> TokenStream(const TextSource& source, size_t begin, size_t end,

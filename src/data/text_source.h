@@ -25,7 +25,8 @@ struct TextSource {
   std::vector<TextDocument> documents;
   size_t held_out_begin = 0;  // index of the first held-out document
 
-  // `folder` is the checkpoint, whose chat template decides about `messages` records.
+  // `folder` is the checkpoint, whose chat template decides about `messages` records. An empty
+  // `file` is the bundled text.
   static Result<TextSource> Read(const std::filesystem::path& file,
                                  const std::filesystem::path& folder, int64_t vocab_size);
 };

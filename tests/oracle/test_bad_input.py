@@ -116,6 +116,11 @@ def test_short_calibration(tmp_path):
     refused(quantize(MODEL, tmp_path / "out", calibration=short), tmp_path / "out", 2, "short.txt", "tokens")
 
 
+def test_more_samples_than_the_bundled_text_has(tmp_path):
+    refused(["quantize", MODEL, tmp_path / "out", "--samples", "100000"], tmp_path / "out", 2, "the bundled calibration text",
+            "--samples")
+
+
 def test_calibration_that_is_not_utf8(tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"abc \xff\xfe def\n" * 1000)
@@ -163,6 +168,7 @@ def test_full_disk(tmp_path):
 
 
 @pytest.mark.parametrize("args", [["quantize"], ["no-such-command"], ["allocate", "--bytes", "x"],
-                                  ["evaluate", "a"], ["quantize", "a", "b", "--labels", "other"]])
+                                  ["evaluate", "a"], ["quantize", "a", "b", "--labels", "other"],
+                                  ["quantize", "a", "b", "--calibration", ""]])
 def test_bad_usage(args):
     assert subprocess.run([PROGRAM, *args], capture_output=True).returncode == 2

@@ -181,6 +181,21 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path):
     assert contents(tmp_path / "killed" / "out") == expected
 
 
+def test_without_calibration_the_bundled_text_is_taken(tmp_path):
+    """The text is in the program: it needs no file beside it, and a file of the same bytes gives the same checkpoint."""
+    size = ["--samples", "8", "--tokens", "128", "--eval-tokens", "512", "--precision", "float32", "--bpp", "6"]
+    subprocess.run([PROGRAM, "quantize", SOURCE, "out", *size], cwd=tmp_path, check=True, capture_output=True)
+    run("quantize", SOURCE, tmp_path / "same", *size, "--calibration", ROOT / "data" / "calibration.jsonl")
+    records = [json.loads((tmp_path / name / "prismaquant.json").read_text()) for name in ("out", "same")]
+    assert records[0]["run"] == records[1]["run"] and records[0]["choices"] == records[1]["choices"]
+    assert records[0]["evaluation"]["kl"] == records[1]["evaluation"]["kl"]
+    assert [record["calibration"] for record in records] == ["bundled", "calibration.jsonl"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- calibration: bundled, 8 samples of 128 tokens" in card and "bundled, last tenth" in card
+    assert "prismaquant quantize SRC OUT --samples 8 --tokens 128" in card
+    assert "--calibration calibration.jsonl" in (tmp_path / "same" / "README.md").read_text()
+
+
 def test_choices_can_be_edited(work, tmp_path):
     run("allocate", "--work", work, "--bpp", "5.0", "--json", tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
