@@ -1,6 +1,9 @@
 // The exact allocation of 500 units with four formats each, and of 400 units whose costs are a
 // constant minus their bytes, which passes the state limit. The argument is the budget's place
 // between the smallest and the largest allocation, in percent; `gap` is relative to the cost.
+// Then all of Qwen3.6-27B with five formats: one budget (the argument, in hundredths of a bit per
+// weight), the published sweep of eight, and the smallest plan for a bound on the loss (the
+// argument, in percent of the loss of the smallest allocation).
 
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>
@@ -11,6 +14,8 @@
 #include <vector>
 
 #include "allocate/allocate.h"
+#include "allocate/plan.h"
+#include "allocate/qwen3_6_27b.h"
 
 namespace prismaquant {
 namespace {
@@ -72,6 +77,50 @@ void AllocateAt(benchmark::State& state, const std::vector<Unit>& units) {
 void AllocateModel(benchmark::State& state) { AllocateAt(state, MakeUnits()); }
 void AllocateSubsetSum(benchmark::State& state) { AllocateAt(state, SubsetSumUnits()); }
 
+constexpr unsigned kSeed = 27;
+
+Planner Qwen27bPlanner() {
+  return Planner::Make(Qwen27bUnits(kSeed), Qwen27bRules(), /*fixed_bytes=*/0).value();
+}
+
+double RelativeGap(const PlannedAllocation& plan) {
+  return plan.cost > 0 ? (plan.cost - plan.lower_bound) / plan.cost : 0;
+}
+
+void Qwen27bBudget(benchmark::State& state) {
+  const Planner planner = Qwen27bPlanner();
+  const Budget budget{.kind = Budget::Kind::kBpp, .bpp = static_cast<double>(state.range(0)) / 100};
+  double gap = 0;
+  for (auto _ : state) gap = RelativeGap(planner.Plan(budget).value());
+  state.counters["gap"] = gap;
+}
+
+void Qwen27bSweep(benchmark::State& state) {
+  const Planner planner = Qwen27bPlanner();
+  double gap = 0;
+  for (auto _ : state) {
+    const auto sweep = planner.Sweep({4.5, 4.75, 5, 5.25, 5.5, 6, 7, 8.25}).value();
+    for (const PlannedAllocation& point : sweep) gap = std::max(gap, RelativeGap(point));
+  }
+  state.counters["gap"] = gap;
+}
+
+void Qwen27bMaxKl(benchmark::State& state) {
+  const Planner planner = Qwen27bPlanner();
+  const Budget smallest{.kind = Budget::Kind::kBpp, .bpp = planner.SmallestBpp()};
+  Budget budget{.kind = Budget::Kind::kMaxKl};
+  budget.max_kl = planner.Plan(smallest)->cost * static_cast<double>(state.range(0)) / 100;
+  int64_t gap = 0;
+  for (auto _ : state) {
+    const PlannedAllocation plan = planner.Plan(budget).value();
+    gap = plan.bytes - plan.bytes_bound;
+  }
+  state.counters["gap_bytes"] = static_cast<double>(gap);
+}
+
+BENCHMARK(Qwen27bBudget)->Arg(450)->Arg(475)->Arg(550)->Arg(825)->Unit(benchmark::kMillisecond);
+BENCHMARK(Qwen27bSweep)->Unit(benchmark::kMillisecond);
+BENCHMARK(Qwen27bMaxKl)->Arg(5)->Arg(30)->Arg(70)->Unit(benchmark::kMillisecond);
 BENCHMARK(AllocateModel)->Arg(5)->Arg(25)->Arg(50)->Arg(75)->Unit(benchmark::kMillisecond);
 BENCHMARK(AllocateSubsetSum)
     ->Arg(10)

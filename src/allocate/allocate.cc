@@ -400,6 +400,35 @@ Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget, size
   return result;
 }
 
+// The least cost within a budget falls as the budget grows, so the least sufficient budget is found
+// by halving. A budget is ruled out by the lower bound of its solution.
+Result<SmallestAllocation> AllocateSmallest(const std::vector<Unit>& units, double most_cost,
+                                            size_t max_states) {
+  PQ_ASSIGN_OR_RETURN(Allocation best,
+                      Allocate(units, std::numeric_limits<int64_t>::max(), max_states));
+  if (!(best.cost <= most_cost)) {
+    return Status::Unmet(
+        fmt::format("--max-kl {} cannot be met: the least predicted KL is {} nats per token",
+                    most_cost, best.cost));
+  }
+  int64_t bound = SmallestBytes(units);
+  int64_t insufficient = bound - 1;
+  while (insufficient + 1 < best.bytes) {
+    const int64_t budget = insufficient + (best.bytes - insufficient) / 2;
+    PQ_ASSIGN_OR_RETURN(Allocation found, Allocate(units, budget, max_states));
+    if (found.cost <= most_cost) {
+      best = std::move(found);
+      continue;
+    }
+    insufficient = budget;
+    if (found.lower_bound > most_cost) bound = budget + 1;
+  }
+  PQ_ASSIGN_OR_RETURN(const Allocation last, Allocate(units, best.bytes, max_states));
+  best.price = last.price;
+  best.slack = 0;
+  return SmallestAllocation{std::move(best), bound};
+}
+
 int Knee(const std::vector<double>& x, const std::vector<double>& y) {
   if (x.size() < 3 || x.size() != y.size()) return -1;
   const auto [x_low, x_high] = std::minmax_element(x.begin(), x.end());

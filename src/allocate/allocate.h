@@ -2,8 +2,9 @@
 #define PRISMAQUANT_ALLOCATE_ALLOCATE_H_
 
 // Allocation: choose one format per unit so that the predicted loss is least and the bytes stay
-// within an integer budget: the multiple-choice knapsack problem (MCKP), solved exactly and with
-// its certificate. Pure functions of their arguments; no weights, no files.
+// within an integer budget, or so that the bytes are fewest and the loss stays within a bound: the
+// multiple-choice knapsack problem (MCKP), solved exactly and with its certificate. Pure functions
+// of their arguments; no weights, no files.
 
 #include <cstddef>
 #include <cstdint>
@@ -45,6 +46,20 @@ constexpr size_t kMaxStates = 20'000'000;
 // with its true gap.
 Result<Allocation> Allocate(const std::vector<Unit>& units, int64_t budget,
                             size_t max_states = kMaxStates);
+
+struct SmallestAllocation {
+  // Its slack is 0: the budget is its own bytes.
+  Allocation allocation;
+  // No allocation of fewer bytes costs at most what was asked (rounding of sums aside); equals the
+  // allocation's bytes when proven.
+  int64_t bytes_bound = 0;
+};
+
+// Fewest bytes at a cost of at most `most_cost`, and of all allocations of these bytes the least
+// cost. A bound below the least cost of all allocations is kUnmet and says that cost with every
+// digit. Past `max_states` as Allocate.
+Result<SmallestAllocation> AllocateSmallest(const std::vector<Unit>& units, double most_cost,
+                                            size_t max_states = kMaxStates);
 
 // Bytes of the smallest allocation.
 int64_t SmallestBytes(const std::vector<Unit>& units);

@@ -44,6 +44,23 @@ int64_t LargestBytes(const std::vector<Unit>& units) {
   return total;
 }
 
+// Units as a model of 500 has them: a few sizes, losses over several orders of magnitude.
+std::vector<Unit> ModelUnits(int count) {
+  std::mt19937 random(3);
+  std::lognormal_distribution<double> loss(0, 1.5);
+  const int64_t sizes[] = {3 * 5120 * 1024, 5120 * 6144, 2 * 5120 * 17408, 5120 * 17408};
+  std::vector<Unit> units;
+  for (int u = 0; u < count; ++u) {
+    const int64_t weights = sizes[random() % 4];
+    const double base = loss(random) * 1e-3;
+    units.push_back(MakeUnit(fmt::format("u{}", u), {{weights * 9 / 16 + 8, base},
+                                                     {weights + 2 * 5120, base * 0.08},
+                                                     {weights * 33 / 32, base * 0.09},
+                                                     {2 * weights, 0}}));
+  }
+  return units;
+}
+
 // Everything that an Allocation promises about itself.
 void ExpectConsistent(const std::vector<Unit>& units, int64_t budget, const Allocation& found) {
   ASSERT_EQ(found.choice.size(), units.size());
@@ -147,6 +164,41 @@ TEST_P(RandomCases, EqualBruteForceAtEveryBudget) {
   }
 }
 
+// Fewest bytes at this cost by trying everything; -1 if no allocation costs so little.
+int64_t FewestBytes(const std::vector<Unit>& units, double most_cost, size_t next = 0,
+                    int64_t bytes = 0, double cost = 0) {
+  if (next == units.size()) return cost <= most_cost ? bytes : -1;
+  int64_t fewest = -1;
+  for (const Choice& choice : units[next].choices) {
+    const int64_t found =
+        FewestBytes(units, most_cost, next + 1, bytes + choice.bytes, cost + choice.cost);
+    if (found >= 0 && (fewest < 0 || found < fewest)) fewest = found;
+  }
+  return fewest;
+}
+
+TEST_P(RandomCases, SmallestEqualsBruteForceAtEveryBound) {
+  constexpr double kRounding = 1e-12;
+  Draw draw(17);
+  for (int round = 0; round < 150; ++round) {
+    const std::vector<Unit> units = RandomUnits(GetParam(), draw);
+    const double least = Allocate(units, LargestBytes(units))->cost;
+    const double most = Allocate(units, SmallestBytes(units))->cost;
+    for (const double share : {0.0, 0.01, 0.2, 0.5, 0.9, 1.0, 2.0}) {
+      const double bound = least + share * (most - least);
+      const Result<SmallestAllocation> found = AllocateSmallest(units, bound);
+      ASSERT_TRUE(found.ok()) << found.status().message();
+      const Allocation& allocation = found->allocation;
+      ExpectConsistent(units, allocation.bytes, allocation);
+      EXPECT_LE(allocation.cost, bound);
+      EXPECT_EQ(found->bytes_bound, allocation.bytes);
+      const int64_t stricter = FewestBytes(units, bound * (1 - kRounding));
+      EXPECT_TRUE(stricter < 0 || allocation.bytes <= stricter);
+      EXPECT_GE(allocation.bytes, FewestBytes(units, bound * (1 + kRounding)));
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Allocate, RandomCases,
                          ::testing::Values(Kind::kFalling, Kind::kAnything, Kind::kTies,
                                            Kind::kHuge, Kind::kOffsets, Kind::kHeavyTail,
@@ -196,6 +248,52 @@ TEST(Allocate, BytesCommonToAllChoicesChangeNothing) {
 }
 
 // Past the state limit the answer is still feasible, and the bound still one.
+TEST(Allocate, TheLeastCostThatARefusalNamesCanBeMet) {
+  Draw draw(19);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<Unit> units = RandomUnits(Kind::kAnything, draw);
+    units.push_back(MakeUnit("dear", {{1, draw.Real(1, 2)}}));
+    const Status refused = AllocateSmallest(units, 0.5).status();
+    EXPECT_EQ(refused.code(), StatusCode::kUnmet);
+    const std::string named = refused.message().substr(refused.message().find("KL is ") + 6);
+    const Result<SmallestAllocation> found = AllocateSmallest(units, std::stod(named));
+    ASSERT_TRUE(found.ok()) << refused.message();
+    EXPECT_FALSE(AllocateSmallest(units, std::nextafter(std::stod(named), 0)).ok());
+  }
+}
+
+TEST(Allocate, SmallestIsFoundAgainFromItsOwnCost) {
+  const std::vector<Unit> units = ModelUnits(200);
+  const double most = Allocate(units, SmallestBytes(units))->cost;
+  for (const double share : {0.9, 0.3, 0.05}) {
+    const SmallestAllocation first = AllocateSmallest(units, share * most).value();
+    const SmallestAllocation again = AllocateSmallest(units, first.allocation.cost).value();
+    EXPECT_EQ(again.allocation.choice, first.allocation.choice);
+    EXPECT_EQ(first.bytes_bound, first.allocation.bytes);
+  }
+}
+
+TEST(Allocate, SmallestSaysTheTrueBoundPastTheStateLimit) {
+  Draw draw(23);
+  int unproven = 0;
+  for (int round = 0; round < 20; ++round) {
+    std::vector<Unit> units;
+    for (int u = 0; u < 14; ++u) {
+      const int64_t bytes = draw.Integer(1 << 20, 1 << 24);
+      const double cost = static_cast<double>(bytes) + draw.Real(0, 1000);
+      units.push_back(MakeUnit(fmt::format("u{}", u), {{0, cost}, {bytes, 0}}));
+    }
+    const double bound = Allocate(units, 0)->cost / 2;
+    const int64_t fewest = FewestBytes(units, bound);
+    const SmallestAllocation found = AllocateSmallest(units, bound, 20).value();
+    EXPECT_LE(found.allocation.cost, bound);
+    EXPECT_GE(found.allocation.bytes, fewest);
+    EXPECT_LE(found.bytes_bound, fewest);
+    if (found.bytes_bound < found.allocation.bytes) ++unproven;
+  }
+  EXPECT_GT(unproven, 10);
+}
+
 TEST(Allocate, SaysTheTrueGapPastTheStateLimit) {
   Draw draw(13);
   int unproven = 0;
@@ -296,23 +394,6 @@ TEST(Allocate, RefusesMalformedUnitsByName) {
   EXPECT_FALSE(Allocate({MakeUnit("a", {{huge, 0}}), MakeUnit("b", {{huge, 0}})}, huge).ok());
 }
 
-// Units as a model of 500 has them: a few sizes, losses over several orders of magnitude.
-std::vector<Unit> ModelUnits(int count) {
-  std::mt19937 random(3);
-  std::lognormal_distribution<double> loss(0, 1.5);
-  const int64_t sizes[] = {3 * 5120 * 1024, 5120 * 6144, 2 * 5120 * 17408, 5120 * 17408};
-  std::vector<Unit> units;
-  for (int u = 0; u < count; ++u) {
-    const int64_t weights = sizes[random() % 4];
-    const double base = loss(random) * 1e-3;
-    units.push_back(MakeUnit(fmt::format("u{}", u), {{weights * 9 / 16 + 8, base},
-                                                     {weights + 2 * 5120, base * 0.08},
-                                                     {weights * 33 / 32, base * 0.09},
-                                                     {2 * weights, 0}}));
-  }
-  return units;
-}
-
 TEST(Allocate, ProvesAModelOf500UnitsOptimal) {
   const std::vector<Unit> units = ModelUnits(500);
   const int64_t smallest = SmallestBytes(units), largest = LargestBytes(units);
@@ -337,6 +418,14 @@ TEST(Allocate, IsTheSameEachTime) {
 TEST(Knee, IsThePointFarthestBelowTheChord) {
   EXPECT_EQ(Knee({1, 2, 3, 4, 5}, {10, 2, 1.5, 1.2, 1}), 1);
   EXPECT_EQ(Knee({1, 2, 10}, {10, 1, 0}), 1);
+}
+
+TEST(Knee, OfThePublishedSweepIsAtFiveAndAHalfBits) {
+  const std::vector<double> bpp = {4.5, 4.75, 5, 5.25, 5.5, 6, 7, 8.25};
+  const std::vector<double> loss = {948, 704, 604, 532, 477, 393, 276, 180};
+  const int knee = Knee(bpp, loss);
+  ASSERT_EQ(knee, 4);
+  EXPECT_EQ(bpp[static_cast<size_t>(knee)], 5.5);
 }
 
 TEST(Knee, DependsOnNeitherScaleNorOrder) {

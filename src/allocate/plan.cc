@@ -84,6 +84,31 @@ Json LossesToJson(const PartLosses& losses) {
   return {{"text", losses.text}, {"caption", losses.caption}, {"mtp", losses.mtp}};
 }
 
+Json BudgetToJson(const Budget& budget) {
+  const DeviceBudget& device = budget.device;
+  switch (budget.kind) {
+    case Budget::Kind::kBpp:
+      return {{"bpp", budget.bpp}};
+    case Budget::Kind::kFileBytes:
+      return {{"file_bytes", budget.file_bytes}};
+    case Budget::Kind::kDevice:
+      return {{"device_bytes", device.bytes},
+              {"context", device.context},
+              {"sequences", device.sequences},
+              {"drafts", device.drafts}};
+    case Budget::Kind::kMaxKl:
+      return {{"max_kl", budget.max_kl}};
+  }
+  return nullptr;
+}
+
+Json DeviceToJson(const PlannedAllocation& plan) {
+  return {{"weights_bytes", plan.file_bytes},
+          {"kv_cache_bytes", plan.budget.device.kv_cache_bytes},
+          {"state_bytes", plan.budget.device.state_bytes},
+          {"free_bytes", FreeDeviceBytes(plan)}};
+}
+
 Json FrontierPoint(const PlannedAllocation& point) {
   Json json = {
       {"bpp", point.budget.bpp}, {"target_bpp", point.budget.bpp}, {"feasible", point.feasible}};
@@ -192,26 +217,60 @@ PlannedAllocation Planner::Describe(const std::vector<int>& choice) const {
   return plan;
 }
 
-Result<PlannedAllocation> Planner::Plan(const Budget& budget) const {
-  const bool by_bpp = budget.kind == Budget::Kind::kBpp;
-  if (by_bpp && std::isnan(budget.bpp))
-    return Status::InvalidInput("a budget of nan bpp: expected a number");
-  const int64_t limit = by_bpp ? PayloadWithin(budget.bpp) : budget.file_bytes - fixed_bytes_;
-  const std::vector<Unit> units = ToUnits(units_, by_bpp ? &counted_ : nullptr);
-  const int64_t smallest = SmallestBytes(units);
-  if (limit < smallest) {
-    return Status::Unmet(
-        by_bpp ? fmt::format("--bpp {} cannot be met: the smallest feasible is {}", budget.bpp,
-                             SmallestBpp())
-               : fmt::format("--size of {} bytes cannot be met: the smallest feasible is {} bytes",
-                             budget.file_bytes, smallest + fixed_bytes_));
-  }
-  PQ_ASSIGN_OR_RETURN(const Allocation allocation, Allocate(units, limit));
+PlannedAllocation Planner::Describe(const Budget& budget, const Allocation& allocation) const {
   PlannedAllocation plan = Describe(allocation.choice);
   plan.budget = budget;
   plan.lower_bound = allocation.lower_bound;
   plan.price = allocation.price;
   plan.slack = allocation.slack;
+  return plan;
+}
+
+int64_t Planner::LimitOf(const Budget& budget) const {
+  if (budget.kind == Budget::Kind::kBpp) return PayloadWithin(budget.bpp);
+  if (budget.kind == Budget::Kind::kFileBytes) return budget.file_bytes - fixed_bytes_;
+  const DeviceBudget& device = budget.device;
+  return device.bytes - device.kv_cache_bytes - device.state_bytes - fixed_bytes_;
+}
+
+Status Planner::Refusal(const Budget& budget, int64_t smallest) const {
+  if (budget.kind == Budget::Kind::kBpp) {
+    return Status::Unmet(fmt::format("--bpp {} cannot be met: the smallest feasible is {}",
+                                     budget.bpp, SmallestBpp()));
+  }
+  const int64_t weights = smallest + fixed_bytes_;
+  if (budget.kind == Budget::Kind::kFileBytes) {
+    return Status::Unmet(
+        fmt::format("--size of {} bytes cannot be met: the smallest feasible is {} bytes",
+                    budget.file_bytes, weights));
+  }
+  const DeviceBudget& device = budget.device;
+  return Status::Unmet(
+      fmt::format("--device-memory of {} bytes cannot be met: the smallest feasible is {} bytes, "
+                  "{} of weights, "
+                  "{} of KV cache and {} of state",
+                  device.bytes, weights + device.kv_cache_bytes + device.state_bytes, weights,
+                  device.kv_cache_bytes, device.state_bytes));
+}
+
+Result<PlannedAllocation> Planner::Plan(const Budget& budget) const {
+  if (budget.kind == Budget::Kind::kMaxKl) return Smallest(budget);
+  const bool by_bpp = budget.kind == Budget::Kind::kBpp;
+  if (by_bpp && std::isnan(budget.bpp))
+    return Status::InvalidInput("a budget of nan bpp: expected a number");
+  const int64_t limit = LimitOf(budget);
+  const std::vector<Unit> units = ToUnits(units_, by_bpp ? &counted_ : nullptr);
+  if (const int64_t smallest = SmallestBytes(units); limit < smallest)
+    return Refusal(budget, smallest);
+  PQ_ASSIGN_OR_RETURN(const Allocation allocation, Allocate(units, limit));
+  return Describe(budget, allocation);
+}
+
+Result<PlannedAllocation> Planner::Smallest(const Budget& budget) const {
+  PQ_ASSIGN_OR_RETURN(const SmallestAllocation found,
+                      AllocateSmallest(ToUnits(units_, nullptr), budget.max_kl));
+  PlannedAllocation plan = Describe(budget, found.allocation);
+  plan.bytes_bound = found.bytes_bound;
   return plan;
 }
 
@@ -249,6 +308,11 @@ Result<PlannedAllocation> Planner::Uniform(const std::string& format) const {
   return plan;
 }
 
+int64_t FreeDeviceBytes(const PlannedAllocation& plan) {
+  const DeviceBudget& device = plan.budget.device;
+  return device.bytes - plan.file_bytes - device.kv_cache_bytes - device.state_bytes;
+}
+
 int KneeOf(const std::vector<PlannedAllocation>& sweep) {
   std::vector<double> x, y;
   std::vector<int> index;
@@ -263,11 +327,8 @@ int KneeOf(const std::vector<PlannedAllocation>& sweep) {
 }
 
 Json PlanToJson(const PlannedAllocation& plan, const std::vector<PlannedAllocation>& sweep) {
-  Json budget = plan.budget.kind == Budget::Kind::kBpp
-                    ? Json{{"bpp", plan.budget.bpp}}
-                    : Json{{"file_bytes", plan.budget.file_bytes}};
   Json json = {{"schema", 1},
-               {"budget", budget},
+               {"budget", BudgetToJson(plan.budget)},
                {"bpp", plan.bpp},
                {"bytes", plan.bytes},
                {"file_bytes", plan.file_bytes},
@@ -282,6 +343,8 @@ Json PlanToJson(const PlannedAllocation& plan, const std::vector<PlannedAllocati
                {"choices", plan.choices},
                {"frontier", Json::array()},
                {"knee", nullptr}};
+  if (plan.budget.kind == Budget::Kind::kDevice) json["device"] = DeviceToJson(plan);
+  if (plan.budget.kind == Budget::Kind::kMaxKl) json["bytes_lower_bound"] = plan.bytes_bound;
   for (const PlannedAllocation& point : sweep) json["frontier"].push_back(FrontierPoint(point));
   if (const int knee = KneeOf(sweep); knee >= 0)
     json["knee"] = {{"bpp", sweep[static_cast<size_t>(knee)].bpp}};
@@ -347,7 +410,7 @@ Result<std::vector<Unit>> UnitsFromJson(const Json& json, const std::string& ori
 }
 
 Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocation,
-                      int64_t budget) {
+                      const Json& budget) {
   Json choices = Json::object();
   std::map<std::string, int64_t> counts;
   double weights = 0;
@@ -358,7 +421,7 @@ Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocati
     weights += static_cast<double>(units[i].weights);
   }
   Json json = {{"schema", 1},
-               {"budget", {{"bytes", budget}}},
+               {"budget", budget},
                {"bytes", allocation.bytes},
                {"predicted_kl", allocation.cost},
                {"lower_bound", allocation.lower_bound},

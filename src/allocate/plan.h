@@ -3,8 +3,8 @@
 
 // The plan of a model: which format each Linear gets. Between the bare knapsack (allocate.h) and
 // the user: units of fused Linears with their costs, rules that pin or forbid formats, budgets in
-// bits per parameter or in checkpoint bytes, sweeps over several budgets, and the JSON that the
-// allocate command prints and export reads back.
+// bits per parameter, bytes of the checkpoint or of a device, or nats, sweeps over several budgets,
+// and the JSON that the allocate command prints and export reads back.
 
 #include <cstdint>
 #include <map>
@@ -54,11 +54,20 @@ struct PlanRules {
   std::vector<FormatRule> pin, forbid;
 };
 
+// A device that is to hold the checkpoint's files and what its server keeps for this load.
+struct DeviceBudget {
+  int64_t bytes = 0;
+  int64_t context = 0, sequences = 1, drafts = 0;
+  int64_t kv_cache_bytes = 0, state_bytes = 0;
+};
+
 // What the budget is and what it counts.
 struct Budget {
-  enum class Kind { kBpp, kFileBytes } kind = Kind::kBpp;
+  enum class Kind { kBpp, kFileBytes, kDevice, kMaxKl } kind = Kind::kBpp;
   double bpp = 0;
   int64_t file_bytes = 0;
+  DeviceBudget device = {};
+  double max_kl = 0;  // nats per token of the cost
 };
 // "23GB" (10^9), "1.5GiB" (2^30), MB, MiB, kB, KiB, or plain bytes.
 Result<int64_t> ParseSize(const std::string& option, const std::string& text);
@@ -72,7 +81,8 @@ struct PlannedAllocation {
   int64_t file_bytes = 0;  // of the whole checkpoint
   double cost = 0, lower_bound = 0, price = 0;
   PartLosses losses;
-  int64_t slack = 0;                      // in what the budget counts
+  int64_t slack = 0;                      // in what the budget counts; kMaxKl: 0
+  int64_t bytes_bound = 0;                // kMaxKl: no fewer `bytes` meet the budget
   std::map<std::string, int64_t> counts;  // format -> number of Linears
   double smallest_bpp = 0;                // of a sweep: the least budget that is feasible
 };
@@ -84,8 +94,9 @@ class Planner {
   static Result<Planner> Make(std::vector<UnitCosts> units, const PlanRules& rules,
                               int64_t fixed_bytes);
 
-  // The best plan; an infeasible budget is kUnmet and says the smallest feasible one, with every
-  // digit that it takes to be feasible when it is given back.
+  // The plan of least cost, or of kMaxKl the one of fewest bytes; an infeasible budget is kUnmet
+  // and says the smallest feasible one, with every digit that it takes to be feasible when it is
+  // given back.
   Result<PlannedAllocation> Plan(const Budget& budget) const;
   // One plan per bpp; infeasible ones are marked.
   Result<std::vector<PlannedAllocation>> Sweep(const std::vector<double>& bpps) const;
@@ -95,7 +106,13 @@ class Planner {
   Result<PlannedAllocation> Uniform(const std::string& format) const;
 
  private:
+  Result<PlannedAllocation> Smallest(const Budget& budget) const;
+  PlannedAllocation Describe(const Budget& budget, const Allocation& allocation) const;
   PlannedAllocation Describe(const std::vector<int>& choice) const;
+  // Bytes of the units that the budget leaves, in what it counts.
+  int64_t LimitOf(const Budget& budget) const;
+  // That the budget cannot be met, where the units take `smallest` bytes at least.
+  Status Refusal(const Budget& budget, int64_t smallest) const;
   double BppOf(int64_t payload) const;
   // The most payload bytes whose bpp is not above this one, both rounded to double alike.
   int64_t PayloadWithin(double bpp) const;
@@ -105,6 +122,9 @@ class Planner {
   int64_t counted_weights_ = 0;
   int64_t fixed_bytes_ = 0;
 };
+
+// Of a kDevice budget: what neither weights nor caches take.
+int64_t FreeDeviceBytes(const PlannedAllocation& plan);
 
 // Index of the knee among the feasible plans, -1 if there is none.
 int KneeOf(const std::vector<PlannedAllocation>& sweep);
@@ -118,7 +138,9 @@ Result<std::map<std::string, std::string>> ChoicesFromJson(const Json& json,
 
 // `allocate --costs`: a table of units and choices made elsewhere, and its solution as JSON.
 Result<std::vector<Unit>> UnitsFromJson(const Json& json, const std::string& origin);
-Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocation, int64_t budget);
+// `budget`: {"bytes": N} or {"max_kl": X}.
+Json AllocationToJson(const std::vector<Unit>& units, const Allocation& allocation,
+                      const Json& budget);
 
 }  // namespace prismaquant
 

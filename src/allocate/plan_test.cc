@@ -9,6 +9,8 @@
 #include <random>
 #include <string>
 
+#include "allocate/qwen3_6_27b.h"
+
 namespace prismaquant {
 namespace {
 
@@ -129,6 +131,89 @@ TEST(Planner, ADecimalBudgetIsSpentToTheLastByte) {
   EXPECT_EQ(planner.Plan(Bpp(4.3499999))->cost, 1.5);
 }
 
+Budget Device(int64_t bytes) {
+  Budget budget{.kind = Budget::Kind::kDevice};
+  budget.device = {.bytes = bytes, .context = 9, .kv_cache_bytes = 500, .state_bytes = 70};
+  return budget;
+}
+
+TEST(Planner, DeviceMemoryHoldsWeightsCacheAndState) {
+  const Planner planner = MakePlanner();
+  const Result<PlannedAllocation> plan = planner.Plan(Device(kFixedBytes + 570 + 63));
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_EQ(plan->choices.at("l.1.down_proj"), "fp8") << "as --size of what the caches leave";
+  EXPECT_EQ(plan->file_bytes, kFixedBytes + 48);
+  EXPECT_EQ(plan->slack, 15);
+  EXPECT_EQ(FreeDeviceBytes(*plan), 15);
+  const Json json = PlanToJson(*plan, {});
+  EXPECT_EQ(json["budget"],
+            Json::parse(R"({"device_bytes": 1633, "context": 9, "sequences": 1, "drafts": 0})"));
+  EXPECT_EQ(json["device"], Json::parse(R"({"weights_bytes": 1048, "kv_cache_bytes": 500,
+      "state_bytes": 70, "free_bytes": 15})"));
+}
+
+TEST(Planner, ADeviceThatIsTooSmallIsToldTheSmallest) {
+  const Planner planner = MakePlanner();
+  constexpr int64_t kSmallest = kFixedBytes + 48 + 570;
+  EXPECT_EQ(planner.Plan(Device(kSmallest - 1)).status().message(),
+            "--device-memory of 1617 bytes cannot be met: the smallest feasible is 1618 bytes, "
+            "1048 of weights, 500 of KV cache and 70 of state");
+  EXPECT_EQ(planner.Plan(Device(1)).status().code(), StatusCode::kUnmet);
+  EXPECT_TRUE(planner.Plan(Device(kSmallest)).ok());
+}
+
+Budget MaxKl(double nats) {
+  Budget budget{.kind = Budget::Kind::kMaxKl};
+  budget.max_kl = nats;
+  return budget;
+}
+
+std::vector<UnitCosts> LossyUnits() {
+  return {MakeUnit("a", 16, {{8, 1.0}, {16, 0.1}, {32, 0}}),
+          MakeUnit("b", 16, {{8, 3.0}, {16, 0.3}, {32, 0}})};
+}
+
+TEST(Planner, MaxKlIsTheSmallestPlanThatKeepsTheBound) {
+  const Planner planner = Planner::Make(LossyUnits(), Rules(), kFixedBytes).value();
+  const PlannedAllocation all_small = planner.Plan(MaxKl(4.0)).value();
+  EXPECT_EQ(all_small.choices.at("a"), "nvfp4");
+  EXPECT_EQ(all_small.choices.at("b"), "nvfp4");
+  const PlannedAllocation plan = planner.Plan(MaxKl(1.3)).value();
+  EXPECT_EQ(plan.choices.at("a"), "nvfp4");
+  EXPECT_EQ(plan.choices.at("b"), "fp8");
+  EXPECT_LE(plan.cost, 1.3);
+  EXPECT_EQ(plan.bytes, 8 + 16 + 2 * 7);
+  EXPECT_EQ(plan.bytes_bound, plan.bytes);
+  EXPECT_EQ(plan.slack, 0);
+  EXPECT_EQ(plan.file_bytes, kFixedBytes + plan.bytes);
+  EXPECT_EQ(plan.lower_bound, plan.cost);
+  EXPECT_GT(plan.price, 0);
+  const Json json = PlanToJson(plan, {});
+  EXPECT_EQ(json["budget"], Json::parse(R"({"max_kl": 1.3})"));
+  EXPECT_EQ(json["bytes_lower_bound"], plan.bytes);
+  EXPECT_EQ(planner.Plan(MaxKl(1e-9))->bpp, 16.0);
+}
+
+TEST(Planner, MaxKlBoundsTheWeightedCost) {
+  std::vector<UnitCosts> units = LossyUnits();
+  for (UnitFormat& format : units[0].formats) format.losses = {.text = format.cost};
+  for (UnitFormat& format : units[1].formats) format.losses = {.mtp = 10 * format.cost};
+  const PlannedAllocation plan = Planner::Make(units, Rules(), 0).value().Plan(MaxKl(1.3)).value();
+  EXPECT_EQ(plan.choices.at("b"), "fp8") << "not only the text's loss counts";
+  EXPECT_DOUBLE_EQ(plan.losses.text, 1.0);
+}
+
+TEST(Planner, AnUnreachableKlIsToldTheLeast) {
+  PlanRules rules = Rules();
+  rules.forbid = {{"b", "bf16"}};
+  const Planner planner = Planner::Make(LossyUnits(), rules, kFixedBytes).value();
+  const Status refused = planner.Plan(MaxKl(0.1)).status();
+  EXPECT_EQ(refused.code(), StatusCode::kUnmet);
+  EXPECT_EQ(refused.message(),
+            "--max-kl 0.1 cannot be met: the least predicted KL is 0.3 nats per token");
+  EXPECT_EQ(planner.Plan(MaxKl(0.3))->choices.at("a"), "bf16");
+}
+
 TEST(Planner, TakesAnyNumberAsABudget) {
   const Planner planner = MakePlanner();
   const double infinity = std::numeric_limits<double>::infinity();
@@ -188,6 +273,27 @@ TEST(Planner, SweepMarksInfeasiblePointsWithTheSmallestFeasibleOne) {
   EXPECT_DOUBLE_EQ(json["frontier"][0]["smallest_feasible_bpp"], 4.0);
   EXPECT_EQ(json["frontier"][1]["feasible"], true);
   EXPECT_EQ(json["frontier"][1]["target_bpp"], 4.0);
+}
+
+TEST(Planner, TheWholeOfQwen27bIsSpentAndProvenAtEveryTarget) {
+  const std::vector<UnitCosts> units = Qwen27bUnits(27);
+  int64_t linears = 0, weights = 0;
+  for (const UnitCosts& unit : units) {
+    linears += static_cast<int64_t>(unit.linears.size());
+    weights += unit.weights;
+  }
+  EXPECT_EQ(units.size(), 64 * 4 + 5 + 27 * 4 + 2);
+  EXPECT_EQ(linears, 16 * 7 + 48 * 6 + 8 + 27 * 4 + 2);
+  EXPECT_EQ(weights, 25'207'533'568);
+  const Planner planner = Planner::Make(units, Qwen27bRules(), kFixedBytes).value();
+  for (const double target : {4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25}) {
+    const Result<PlannedAllocation> plan = planner.Plan(Bpp(target));
+    ASSERT_TRUE(plan.ok()) << plan.status().message();
+    EXPECT_LE(plan->bpp, target);
+    EXPECT_GE(plan->bpp, target - 0.001);
+    EXPECT_EQ(plan->cost, plan->lower_bound) << target;
+    EXPECT_EQ(plan->choices.size(), static_cast<size_t>(linears));
+  }
 }
 
 TEST(Planner, TheKneeIsAFeasiblePointOfTheSweep) {
@@ -354,7 +460,7 @@ TEST(CostTable, IsReadAndItsFaultsAreNamed) {
   ASSERT_EQ(units->size(), 1U);
   EXPECT_EQ((*units)[0].choices[1].bytes, 16);
   const Allocation allocation = Allocate(*units, 10).value();
-  const Json json = AllocationToJson(*units, allocation, 10);
+  const Json json = AllocationToJson(*units, allocation, Json{{"bytes", 10}});
   EXPECT_EQ(json["choices"]["u"], "nvfp4");
   EXPECT_DOUBLE_EQ(json["bpp"], 4.0);
   EXPECT_EQ(json["slack_bytes"], 6);

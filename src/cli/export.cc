@@ -74,7 +74,7 @@ Status RunExport(const ExportFlags& flags) {
   } else {
     PQ_ASSIGN_OR_RETURN(const Planner planner,
                         session->MakePlanner(flags.plan, /*with_costs=*/true));
-    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(session->model(), planner, flags.plan));
+    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(*session, planner, flags.plan.budget));
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
     PQ_ASSIGN_OR_RETURN(delivery.formats, ToFormats(session->model(), delivery.plan.choices));

@@ -39,11 +39,7 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
                         flags.calibration.image_samples);
   }
   if (!flags.uniform.empty()) text += " --uniform " + flags.uniform;
-  if (flags.plan.bpp) text += fmt::format(" --bpp {}", *flags.plan.bpp);
-  if (!flags.plan.size.empty()) text += " --size " + flags.plan.size;
-  if (flags.plan.knee) text += " --knee";
-  if (!flags.plan.sweep.empty())
-    text += fmt::format(" --sweep {}", fmt::join(flags.plan.sweep, ","));
+  text += flags.plan.budget.ToText();
   if (!flags.plan.formats.empty())
     text += fmt::format(" --formats {}", fmt::join(flags.plan.formats, ","));
   for (const std::string& rule : flags.plan.pin) text += fmt::format(" --pin '{}'", rule);
@@ -78,7 +74,7 @@ Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
   } else {
     PQ_ASSIGN_OR_RETURN(const Planner planner,
                         session.MakePlanner(flags.plan, /*with_costs=*/true));
-    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(session.model(), planner, flags.plan));
+    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(session, planner, flags.plan.budget));
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
     if (session.labels() == LabelRule::kSampled) delivery.predicted = delivery.plan.losses;
@@ -152,6 +148,7 @@ Status RunQuantize(const QuantizeFlags& flags) {
         fmt::format("{}: exists already; --overwrite replaces it", flags.out));
   }
   PQ_ASSIGN_OR_RETURN(const auto session, Session::Start(flags.source, work, flags.calibration));
+  PQ_RETURN_IF_ERROR(ToBudget(flags.plan.budget, session->model(), session->labels()).status());
   Calibration held_out;
   if (!flags.no_eval) {
     PQ_ASSIGN_OR_RETURN(held_out.text, HeldOut(flags, *session));

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <utility>
 
 #include "cli/calibration_store.h"
@@ -14,7 +13,6 @@
 namespace prismaquant {
 namespace {
 
-constexpr double kDefaultBpp = 5.5;
 constexpr char kSourceNote[] = "source";
 // One captioned image in this many is kept for measuring.
 constexpr size_t kHeldOutImages = 4;
@@ -36,14 +34,6 @@ bool HasNativeBf16() {
 #else
   return false;
 #endif
-}
-
-// CLI11's own check lets NaN through.
-std::string PositiveNumber(const std::string& text) {
-  char* end = nullptr;
-  const double value = std::strtod(text.c_str(), &end);
-  const bool valid = end != text.c_str() && *end == 0 && std::isfinite(value) && value > 0;
-  return valid ? "" : fmt::format("{} is no positive number", text);
 }
 
 // An unset variable of a script must not stand for the default.
@@ -97,16 +87,7 @@ void CalibrationFlags::Register(CLI::App& command) {
 }
 
 void PlanFlags::Register(CLI::App& command) {
-  auto* by_bpp =
-      command
-          .add_option("--bpp", bpp,
-                      "Budget: bits per weight over all Linears with a choice (default 5.5)")
-          ->check(PositiveNumber);
-  command.add_option("--size", size, "Budget: bytes of the whole checkpoint, as 23GB or 20GiB")
-      ->excludes(by_bpp);
-  command.add_option("--sweep", sweep, "Budgets in bpp to list beside the chosen one")
-      ->delimiter(',');
-  command.add_flag("--knee", knee, "Take the knee of the sweep as the budget");
+  budget.Register(command);
   command.add_option("--formats", formats, "Formats to choose from (default nvfp4,fp8,bf16)")
       ->delimiter(',')
       ->check(CLI::IsMember(FormatNames()));
@@ -358,15 +339,12 @@ Result<int64_t> ExactFileBytes(const Model& model,
   return PlannedFileBytes(model, formats, CheckpointWriter::Options());
 }
 
-Result<ChosenPlan> ChoosePlan(const Model& model, const Planner& planner, const PlanFlags& flags) {
+Result<ChosenPlan> ChoosePlan(const Session& session, const Planner& planner,
+                              const BudgetFlags& flags) {
   ChosenPlan chosen;
   PQ_ASSIGN_OR_RETURN(chosen.sweep,
                       planner.Sweep(flags.sweep.empty() ? DefaultSweep() : flags.sweep));
-  Budget budget{.kind = Budget::Kind::kBpp, .bpp = flags.bpp.value_or(kDefaultBpp)};
-  if (!flags.size.empty()) {
-    PQ_ASSIGN_OR_RETURN(budget.file_bytes, ParseSize("--size", flags.size));
-    budget.kind = Budget::Kind::kFileBytes;
-  }
+  PQ_ASSIGN_OR_RETURN(Budget budget, ToBudget(flags, session.model(), session.labels()));
   if (flags.knee) {
     const int knee = KneeOf(chosen.sweep);
     if (knee < 0)
@@ -374,10 +352,10 @@ Result<ChosenPlan> ChoosePlan(const Model& model, const Planner& planner, const 
     budget = chosen.sweep[static_cast<size_t>(knee)].budget;
   }
   PQ_ASSIGN_OR_RETURN(chosen.plan, planner.Plan(budget));
-  PQ_ASSIGN_OR_RETURN(chosen.plan.file_bytes, ExactFileBytes(model, chosen.plan.choices));
+  PQ_ASSIGN_OR_RETURN(chosen.plan.file_bytes, ExactFileBytes(session.model(), chosen.plan.choices));
   for (PlannedAllocation& point : chosen.sweep) {
     if (!point.feasible) continue;
-    PQ_ASSIGN_OR_RETURN(point.file_bytes, ExactFileBytes(model, point.choices));
+    PQ_ASSIGN_OR_RETURN(point.file_bytes, ExactFileBytes(session.model(), point.choices));
   }
   return chosen;
 }

@@ -9,12 +9,12 @@
 #include <filesystem>
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "allocate/plan.h"
 #include "base/progress.h"
+#include "cli/budget.h"
 #include "cli/command.h"
 #include "data/calibration.h"
 #include "evaluate/evaluate.h"
@@ -45,10 +45,7 @@ struct CalibrationFlags {
 };
 
 struct PlanFlags {
-  std::optional<double> bpp;
-  std::string size;
-  std::vector<double> sweep;
-  bool knee = false;
+  BudgetFlags budget;
   std::vector<std::string> formats;
   std::vector<std::string> pin, forbid;
   std::string kernels = "vllm", cost, cost_render = "rtn", preset;
@@ -134,7 +131,8 @@ struct ChosenPlan {
   PlannedAllocation plan;
   std::vector<PlannedAllocation> sweep;
 };
-Result<ChosenPlan> ChoosePlan(const Model& model, const Planner& planner, const PlanFlags& flags);
+Result<ChosenPlan> ChoosePlan(const Session& session, const Planner& planner,
+                              const BudgetFlags& flags);
 // Bytes of the *.safetensors that an export of these choices writes. A Planner counts the largest
 // header that any choice could have, so that a --size budget holds; this is the header they do
 // have.

@@ -15,6 +15,28 @@ std::string FormatCounts(const std::map<std::string, int64_t>& counts) {
   return text;
 }
 
+namespace {
+
+// What a budget other than a size came to.
+void PrintBudget(const PlannedAllocation& plan) {
+  const DeviceBudget& device = plan.budget.device;
+  if (plan.budget.kind == Budget::Kind::kDevice) {
+    fmt::print("        device memory {}: weights {}, KV cache {}, state {}, free {}\n",
+               FormatBytes(device.bytes), FormatBytes(plan.file_bytes),
+               FormatBytes(device.kv_cache_bytes), FormatBytes(device.state_bytes),
+               FormatBytes(FreeDeviceBytes(plan)));
+  }
+  if (plan.budget.kind == Budget::Kind::kMaxKl) {
+    fmt::print("        objective at most {}: {}\n", plan.budget.max_kl,
+               plan.bytes_bound == plan.bytes
+                   ? "proven smallest"
+                   : fmt::format("{} larger than the smallest at most",
+                                 FormatBytes(plan.bytes - plan.bytes_bound)));
+  }
+}
+
+}  // namespace
+
 void PrintPlan(const PlannedAllocation& plan, const std::vector<PlannedAllocation>& sweep,
                LabelRule labels) {
   const char* loss = labels == LabelRule::kSampled ? "predicted KL" : "score";
@@ -40,6 +62,7 @@ void PrintPlan(const PlannedAllocation& plan, const std::vector<PlannedAllocatio
     fmt::print("        MTP head {:.5f} nats per token\n", plan.losses.mtp);
   }
   fmt::print("        objective {:.5f}, lower bound {:.5f}\n", plan.cost, plan.lower_bound);
+  PrintBudget(plan);
   fmt::print("        {}\n", FormatCounts(plan.counts));
 }
 
