@@ -196,9 +196,8 @@ Result<std::vector<UnitCosts>> BuildUnitCosts(const Model& model, RunStore& stor
                                               const LossTokens& tokens,
                                               const UnitCostOptions& options) {
   const bool directional = options.cost == CostModel::kDirectional;
-  PQ_ASSIGN_OR_RETURN(
-      const CostTable costs,
-      LoadCosts(model, store, directional ? options.rounding : Rounding::kNearest));
+  PQ_ASSIGN_OR_RETURN(const CostTable costs,
+                      LoadCosts(model, store, directional ? options.rounding : Rounding::kNearest));
   PQ_ASSIGN_OR_RETURN(const auto stats, StatsByName(store));
   const auto parts = PartsByName(model);
   std::vector<UnitCosts> units = UnitsWithoutCosts(model, options.rules);
