@@ -1,7 +1,8 @@
 // cost_fidelity SRC --calibration FILE [--text HELDOUT] ...
 //
 // Compares cost models with what they predict: the KL of the source with one Linear alone in a
-// format, measured on held-out text, for Linears drawn at random from the text body.
+// format, measured on held-out text, for Linears, or fused units, drawn at random from the text
+// body.
 
 #include <fmt/format.h>
 #include <torch/torch.h>
@@ -37,7 +38,7 @@ struct Flags {
   std::string calibration_file;
   int64_t draws = 1, eval_tokens = 16384, linears = 60;
   std::vector<std::string> formats = {"nvfp4", "fp8", "mxfp8"};
-  bool weights_only = false;
+  bool units = false, weights_only = false;
 };
 
 struct Comparison {
@@ -48,7 +49,7 @@ struct Comparison {
   int64_t loss_tokens = 0;  // of the calibration
 
   double Kl(const FidelityCase& one, const std::string& format) const {
-    return measured.at(one.linear.name).at(format).Mean(windows);
+    return measured.at(one.name).at(format).Mean(windows);
   }
 };
 
@@ -90,19 +91,18 @@ Result<Comparison> Measure(const Flags& flags) {
   Comparison result;
   result.windows = static_cast<size_t>(windows.count());
   result.loss_tokens = calibration.text.count() * calibration.text.length();
-  {
-    PQ_ASSIGN_OR_RETURN(const CalibrationPass pass, RunCalibration(body, calibration.text));
-    result.cases = MakeCases(body, DrawLinears(*model, flags.linears, flags.calibration.seed),
-                             pass.input_amax, formats);
-    result.observations = ObserveCases(
-        body, result.cases, calibration, pass,
-        {.draws = flags.draws, .seed = flags.calibration.seed, .weights_only = flags.weights_only});
-  }
+  PQ_ASSIGN_OR_RETURN(const CalibrationPass pass, RunCalibration(body, calibration.text));
+  result.cases = DrawCases(
+      *model, {.count = flags.linears, .units = flags.units, .seed = flags.calibration.seed});
+  CompleteCases(body, pass.input_amax, formats, result.cases);
   PQ_ASSIGN_OR_RETURN(result.measured,
                       MeasureKl(body, result.cases, windows,
                                 {.weights_only = flags.weights_only,
                                  .file = flags.measured,
                                  .identity = MeasuredIdentity(flags, calibration.text)}));
+  result.observations = ObserveCases(
+      body, result.cases, calibration, pass,
+      {.draws = flags.draws, .seed = flags.calibration.seed, .weights_only = flags.weights_only});
   return result;
 }
 
@@ -112,9 +112,9 @@ std::vector<size_t> CasesOf(const Comparison& comparison, const std::string& for
                             std::vector<std::string>& negligible) {
   std::vector<size_t> indices;
   for (size_t i = 0; i < comparison.cases.size(); ++i) {
-    if (comparison.observations[i].formats.count(format) == 0) continue;
+    if (comparison.observations[i].count(format) == 0) continue;
     if (comparison.Kl(comparison.cases[i], format) < kNegligibleKl) {
-      negligible.push_back(comparison.cases[i].linear.name);
+      negligible.push_back(comparison.cases[i].name);
     } else {
       indices.push_back(i);
     }
@@ -128,9 +128,8 @@ void PrintEstimator(const Comparison& comparison, const std::string& format,
   std::vector<double> predicted;
   double error = 0;
   for (const size_t i : indices) {
-    const CaseObservations& one = comparison.observations[i];
     const Estimate estimate =
-        estimator.Predict(one, one.formats.at(format), comparison.loss_tokens);
+        estimator.Predict(comparison.observations[i].at(format), comparison.loss_tokens);
     predicted.push_back(estimate.kl);
     error += estimate.relative_error / static_cast<double>(indices.size());
   }
@@ -143,14 +142,14 @@ void PrintEstimator(const Comparison& comparison, const std::string& format,
 void PrintFormat(const Comparison& comparison, const std::string& format) {
   std::vector<std::string> negligible;
   const std::vector<size_t> indices = CasesOf(comparison, format, negligible);
-  fmt::print("\n{}: {} Linears, and {} below {:.0e} nats\n", format, indices.size(),
+  fmt::print("\n{}: {} cases, and {} below {:.0e} nats\n", format, indices.size(),
              negligible.size(), kNegligibleKl);
   for (const std::string& name : negligible) fmt::print("  below: {}\n", name);
   if (indices.size() < 2) return;
   std::vector<double> measured;
   double error = 0;
   for (const size_t i : indices) {
-    const WindowKls& kls = comparison.measured.at(comparison.cases[i].linear.name).at(format);
+    const WindowKls& kls = comparison.measured.at(comparison.cases[i].name).at(format);
     measured.push_back(kls.Mean(comparison.windows));
     error += kls.StandardError(comparison.windows) / measured.back();
   }
@@ -178,20 +177,17 @@ Json ToJson(const Comparison& comparison) {
   Json json = {{"schema", 1}, {"tokens", comparison.loss_tokens}, {"linears", Json::object()}};
   for (size_t i = 0; i < comparison.cases.size(); ++i) {
     const FidelityCase& one = comparison.cases[i];
-    const CaseObservations& found = comparison.observations[i];
-    Json& entry = json["linears"][one.linear.name];
-    entry["fisher_traces"] = found.fisher_traces;
-    for (const auto& [name, format] : found.formats) {
-      const WindowKls& kls = comparison.measured.at(one.linear.name).at(name);
+    for (const auto& [name, format] : comparison.observations[i]) {
+      const WindowKls& kls = comparison.measured.at(one.name).at(name);
       Json predicted = Json::object();
       for (const Estimator& estimator : AllEstimators()) {
-        predicted[estimator.name()] = estimator.Predict(found, format, comparison.loss_tokens).kl;
+        predicted[estimator.name()] = estimator.Predict(format, comparison.loss_tokens).kl;
       }
-      entry["formats"][name] = {{"kl", kls.Mean(comparison.windows)},
-                                {"kl_stderr", kls.StandardError(comparison.windows)},
-                                {"weight_mse", format.weight_mse},
-                                {"predicted", predicted},
-                                {"terms", TermsToJson(format)}};
+      json["linears"][one.name]["formats"][name] = {
+          {"kl", kls.Mean(comparison.windows)},
+          {"kl_stderr", kls.StandardError(comparison.windows)},
+          {"predicted", predicted},
+          {"terms", TermsToJson(format)}};
     }
   }
   return json;
@@ -199,7 +195,7 @@ Json ToJson(const Comparison& comparison) {
 
 Status RunFidelity(const Flags& flags) {
   PQ_ASSIGN_OR_RETURN(const Comparison comparison, Measure(flags));
-  fmt::print("{} Linears; calibration {} tokens, {} draws; measured on {} windows of {}\n",
+  fmt::print("{} cases; calibration {} tokens, {} draws; measured on {} windows of {}\n",
              comparison.cases.size(), comparison.loss_tokens, flags.draws, comparison.windows,
              kEvaluationWindow);
   for (const std::string& format : flags.formats) PrintFormat(comparison, format);
@@ -235,13 +231,14 @@ void Register(CLI::App& app, Flags& flags) {
   app.add_option("--eval-tokens", flags.eval_tokens, "Tokens to measure on")
       ->check(positive)
       ->capture_default_str();
-  app.add_option("--linears", flags.linears, "Linears to draw from the text body")
+  app.add_option("--linears", flags.linears, "How many Linears to draw from the text body")
       ->check(positive)
       ->capture_default_str();
   app.add_option("--formats", flags.formats, "Formats to compare in")
       ->delimiter(',')
       ->check(CLI::IsMember(QuantizedFormats()))
       ->capture_default_str();
+  app.add_flag("--units", flags.units, "Draw fused units instead of Linears");
   app.add_flag("--weights-only", flags.weights_only, "Activations stay as they are");
   app.add_option("--measured", flags.measured, "JSON file that keeps what was measured");
   app.add_option("--json", flags.json, "Write all figures as JSON");

@@ -8,12 +8,6 @@
 namespace prismaquant {
 namespace {
 
-Estimate Product(const CaseObservations& one, const FormatObservations& format, double scale) {
-  const std::vector<double>& traces = one.fisher_traces;
-  const double sum = std::accumulate(traces.begin(), traces.end(), 0.0);
-  return {.kl = scale * sum * format.weight_mse, .relative_error = RelativeError(traces)};
-}
-
 Estimator OfTerm(std::string name, Term term) { return {std::move(name), {{{term}}}}; }
 
 Estimator OfParts(std::string name, Term weights, Term inputs) {
@@ -36,10 +30,8 @@ double RelativeError(const std::vector<double>& values) {
   return std::sqrt(squares * count / (count - 1)) / sum;
 }
 
-Estimate Estimator::Predict(const CaseObservations& one, const FormatObservations& format,
-                            int64_t tokens) const {
+Estimate Estimator::Predict(const FormatObservations& format, int64_t tokens) const {
   const double scale = 0.5 / static_cast<double>(tokens);
-  if (sums_.empty()) return Product(one, format, scale);
   double log_kl = 0, error = 0;
   for (const std::vector<WeightedTerm>& sum : sums_) {
     const std::vector<double> values = format.PerSequence(sum);
@@ -74,7 +66,9 @@ std::vector<Estimator> AllEstimators() {
           OfParts("W elements + x columns", Term::kWeightElements, Term::kInputColumns),
           OfParts("W elements + x elements", Term::kWeightElements, Term::kInputElements),
           OfParts("W tokens' elements + x elements", Term::kWeightTokens, Term::kInputElements),
-          Estimator::FisherTrace()};
+          OfParts("W rows + x columns", Term::kWeightRows, Term::kInputColumns),
+          OfParts("W rows + x columns apart", Term::kWeightRows, Term::kInputColumnsApart),
+          OfTerm("fisher-trace", Term::kFisherTrace)};
 }
 
 }  // namespace prismaquant

@@ -27,17 +27,14 @@ class Estimator {
   // several such sums their geometric mean.
   Estimator(std::string name, std::vector<std::vector<WeightedTerm>> sums)
       : name_(std::move(name)), sums_(std::move(sums)) {}
-  // 1/2 mean(dW^2) sum_t |g_t|^2 |x_t|^2 / tokens.
-  static Estimator FisherTrace() { return {"fisher-trace", {}}; }
 
   const std::string& name() const { return name_; }
   // `tokens`: positions with a loss.
-  Estimate Predict(const CaseObservations& one, const FormatObservations& format,
-                   int64_t tokens) const;
+  Estimate Predict(const FormatObservations& format, int64_t tokens) const;
 
  private:
   std::string name_;
-  std::vector<std::vector<WeightedTerm>> sums_;  // none: fisher-trace
+  std::vector<std::vector<WeightedTerm>> sums_;
 };
 
 std::vector<Estimator> AllEstimators();

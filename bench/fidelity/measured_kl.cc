@@ -18,30 +18,34 @@ namespace {
 constexpr int64_t kChunkWindows = 4;
 constexpr int64_t kBlockElements = 8'000'000;  // float32 logits held
 
-// The source's Linears but for one.
-class OneQuantized : public LinearRunner {
+// The source's Linears but for those of a case.
+class QuantizedCase : public LinearRunner {
  public:
-  OneQuantized(const LayerWeights& weights, const FidelityCase& fidelity_case, const Format& format,
-               at::Tensor rounded, bool weights_only)
-      : weights_(weights),
-        case_(fidelity_case),
+  QuantizedCase(const SourceBody& body, const FidelityCase& one, const Format& format,
+                bool weights_only)
+      : weights_(body.weights(one.layer())),
+        scales_(one.scales),
         format_(format),
-        rounded_(std::move(rounded)),
-        quantize_(format.quantizes_activations() && !weights_only) {}
+        quantize_(format.quantizes_activations() && !weights_only) {
+    for (const LinearInfo& linear : one.linears) {
+      rounded_[linear.name] = RoundedWeight(body, one, linear, format);
+    }
+  }
 
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override {
-    if (linear.name != case_.linear.name) return MultiplySource(weights_, linear, x);
+    const auto rounded = rounded_.find(linear.name);
+    if (rounded == rounded_.end()) return MultiplySource(weights_, linear, x);
     const bool quantized = quantize_ && x.numel() > 0;
     const at::Tensor& bias = weights_.bias.at(linear.name);
-    return at::linear(quantized ? format_.QuantizeActivation(x, case_.scales) : x, rounded_,
+    return at::linear(quantized ? format_.QuantizeActivation(x, scales_) : x, rounded->second,
                       bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
   }
 
  private:
   const LayerWeights& weights_;
-  const FidelityCase& case_;
+  const SharedScales& scales_;
   const Format& format_;
-  at::Tensor rounded_;
+  std::map<std::string, at::Tensor> rounded_;
   bool quantize_;
 };
 
@@ -98,7 +102,7 @@ class KlMeter {
     int64_t per_chunk = 0;
     for (const FidelityCase& one : cases_) per_chunk += static_cast<int64_t>(one.formats.size());
     const int64_t chunks = (windows_.count() + kChunkWindows - 1) / kChunkWindows;
-    Progress progress("measured KL", per_chunk * chunks, "Linears in a format");
+    Progress progress("measured KL", per_chunk * chunks, "cases in a format");
     for (int64_t first = 0; first < windows_.count(); first += kChunkWindows) {
       count_ = std::min(kChunkWindows, windows_.count() - first);
       PQ_RETURN_IF_ERROR(MeasureChunk(first, progress));
@@ -112,7 +116,7 @@ class KlMeter {
     for (const FidelityCase& one : cases_) {
       bool added = false;
       for (const Format* format : one.formats) {
-        std::vector<double>& kls = measured_[one.linear.name][std::string(format->name())].windows;
+        std::vector<double>& kls = measured_[one.name][std::string(format->name())].windows;
         if (static_cast<int64_t>(kls.size()) >= first + count_) {
           progress.Skip(1);
           continue;
@@ -145,11 +149,10 @@ class KlMeter {
   }
 
   void MeasureCase(const FidelityCase& one, const Format& format, std::vector<double>& kls) const {
-    OneQuantized quantized(body_.weights(one.linear.layer), one, format,
-                           RoundedWeight(body_, one, format), options_.weights_only);
-    at::Tensor x = hidden_[static_cast<size_t>(one.linear.layer)];
-    x = body_.Run(one.linear.layer, context_, x, quantized);
-    for (int layer = one.linear.layer + 1; layer < body_.layers(); ++layer) {
+    QuantizedCase quantized(body_, one, format, options_.weights_only);
+    at::Tensor x =
+        body_.Run(one.layer(), context_, hidden_[static_cast<size_t>(one.layer())], quantized);
+    for (int layer = one.layer() + 1; layer < body_.layers(); ++layer) {
       SourceLinears linears(body_.weights(layer));
       x = body_.Run(layer, context_, x, linears);
     }

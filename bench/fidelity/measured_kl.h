@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_BENCH_FIDELITY_MEASURED_KL_H_
 #define PRISMAQUANT_BENCH_FIDELITY_MEASURED_KL_H_
 
-// Measured KL(source || source with one Linear quantized), nats per token, of every case and
-// format, per held-out window, in float32. A file keeps what was measured, Linear by Linear and
+// Measured KL(source || source with one case quantized), nats per token, of every case and
+// format, per held-out window, in float32. A file keeps what was measured, case by case and
 // chunk of windows by chunk, so that a run goes on where another one ended and cost models are
 // compared again without measuring again.
 
@@ -28,7 +28,7 @@ struct WindowKls {
   double StandardError(size_t count) const;
 };
 
-// Linear name -> format name -> measured.
+// Name of the case -> format name -> measured.
 using MeasuredKls = std::map<std::string, std::map<std::string, WindowKls>>;
 
 struct MeasureOptions {

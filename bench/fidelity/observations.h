@@ -8,7 +8,7 @@
 //
 // G = sum_t g_t x_t^T. A Term cuts one of these sums into pieces and adds the squares of the
 // pieces: s^2 is the case of one piece. Many pieces vary less from sequence to sequence, and leave
-// out the products of pieces.
+// out the products of pieces. The Linears of a unit have outputs of their own and share dx_t.
 
 #include <ATen/core/Tensor.h>
 
@@ -46,12 +46,15 @@ enum class Term {
   kInputTokens,   // per row of x, ...
   kInputColumns,
   kInputElements,
+  kInputColumnsApart,  // per column and Linear
+  kFisherTrace,        // mean(dW^2) sum_t |g_t|^2 |x_t|^2, no piece of a sum
 };
-inline constexpr std::array<std::string_view, 19> kTermNames = {
-    "whole",     "whole_16",     "whole_32",       "whole_64",        "whole_128",
-    "whole_256", "tokens",       "rows",           "rows_64",         "elements",
-    "weights",   "weight_rows",  "weight_columns", "weight_elements", "weight_tokens",
-    "inputs",    "input_tokens", "input_columns",  "input_elements"};
+inline constexpr std::array<std::string_view, 21> kTermNames = {
+    "whole",       "whole_16",     "whole_32",       "whole_64",        "whole_128",
+    "whole_256",   "tokens",       "rows",           "rows_64",         "elements",
+    "weights",     "weight_rows",  "weight_columns", "weight_elements", "weight_tokens",
+    "inputs",      "input_tokens", "input_columns",  "input_elements",  "input_columns_apart",
+    "fisher_trace"};
 using Terms = std::array<double, kTermNames.size()>;
 
 struct WeightedTerm {
@@ -60,17 +63,14 @@ struct WeightedTerm {
 };
 
 struct FormatObservations {
-  double weight_mse = 0;                  // mean of dW^2
   std::vector<std::vector<Terms>> terms;  // per draw, per sequence
 
   // The weighted sum of terms of each sequence, mean over draws.
   std::vector<double> PerSequence(const std::vector<WeightedTerm>& sum) const;
 };
 
-struct CaseObservations {
-  std::vector<double> fisher_traces;  // per sequence: sum_t |g_t|^2 |x_t|^2, mean over draws
-  std::map<std::string, FormatObservations> formats;
-};
+// Of one case, by format name.
+using CaseObservations = std::map<std::string, FormatObservations>;
 
 // Hidden states of the calibration before every layer and after the last one, [layer][sequence],
 // each [1, tokens, hidden_size], and the largest |x| of every Linear.
