@@ -12,22 +12,6 @@
 namespace prismaquant::ops {
 namespace {
 
-int64_t GroupSize(GptqGrid grid, int64_t columns) {
-  switch (grid) {
-    case GptqGrid::kE2M1Group16:
-      return kNvfp4GroupSize;
-    case GptqGrid::kE4M3Group32:
-    case GptqGrid::kE2M1Group32:
-      return kMxGroupSize;
-    case GptqGrid::kInt4Group128:
-    case GptqGrid::kInt8Group128:
-      return kIntGroupSize;
-    case GptqGrid::kE4M3Row:
-      return columns;
-  }
-  TORCH_CHECK(false, "grid is ", static_cast<int64_t>(grid), ", expected 0 to 5");
-}
-
 bool HasIntegerCodes(GptqGrid grid) {
   return grid == GptqGrid::kInt4Group128 || grid == GptqGrid::kInt8Group128;
 }
@@ -66,7 +50,7 @@ void CheckArguments(GptqGrid grid, const at::Tensor& weight, const at::Tensor& u
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) > 0, "weight has shape ", weight.sizes(),
               ", expected [out, columns]");
   const int64_t out = weight.size(0), columns = weight.size(1);
-  const int64_t group = GroupSize(grid, columns);
+  const int64_t shared = GptqGroupSize(grid), group = shared == 0 ? columns : shared;
   TORCH_CHECK(columns % group == 0, columns, " columns are no multiple of the group size ", group);
   CheckWritten("weight", weight, {out, columns}, at::kFloat);
   CheckWritten("scale", scale, {out, columns / group}, ScaleType(grid, scale));
@@ -135,6 +119,22 @@ TORCH_LIBRARY_FRAGMENT(prismaquant, m) {
 TORCH_LIBRARY_IMPL(prismaquant, CPU, m) { m.impl("gptq_block", &GptqBlockCpu); }
 
 }  // namespace
+
+int64_t GptqGroupSize(GptqGrid grid) {
+  switch (grid) {
+    case GptqGrid::kE2M1Group16:
+      return kNvfp4GroupSize;
+    case GptqGrid::kE4M3Group32:
+    case GptqGrid::kE2M1Group32:
+      return kMxGroupSize;
+    case GptqGrid::kInt4Group128:
+    case GptqGrid::kInt8Group128:
+      return kIntGroupSize;
+    case GptqGrid::kE4M3Row:
+      return 0;
+  }
+  TORCH_CHECK(false, "grid is ", static_cast<int64_t>(grid), ", expected 0 to 5");
+}
 
 void GptqBlock(GptqGrid grid, at::Tensor& weight, const at::Tensor& u, at::Tensor& scale,
                at::Tensor& codes, at::Tensor& error, double global_scale, bool choose_scales) {

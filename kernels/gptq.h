@@ -22,6 +22,9 @@ enum class GptqGrid : int64_t {
   kInt8Group128 = 5
 };
 
+// Columns that share a scale; 0: all of a row.
+int64_t GptqGroupSize(GptqGrid grid);
+
 // weight [out, columns] float32: the block's compensated weights, overwritten by the quantized
 // ones. u [columns, columns] float32: the block of the upper Cholesky factor of the inverse
 // Hessian. scale: kE2M1Group16: E4M3 codes U8 [out, columns / 16], written; kE4M3Group32 and

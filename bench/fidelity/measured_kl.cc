@@ -34,11 +34,10 @@ class QuantizedCase : public LinearRunner {
 
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override {
     const auto rounded = rounded_.find(linear.name);
-    if (rounded == rounded_.end()) return MultiplySource(weights_, linear, x);
+    if (rounded == rounded_.end()) return Multiply(weights_, linear.name, x);
     const bool quantized = quantize_ && x.numel() > 0;
-    const at::Tensor& bias = weights_.bias.at(linear.name);
-    return at::linear(quantized ? format_.QuantizeActivation(x, scales_) : x, rounded->second,
-                      bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+    return MultiplyLinear(quantized ? format_.QuantizeActivation(x, scales_) : x, rounded->second,
+                          weights_.bias.at(linear.name));
   }
 
  private:

@@ -36,7 +36,7 @@ class ObservedLayer : public LinearRunner, public LinearObserver {
 
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override {
     const auto found = ids_.find(linear.name);
-    if (found == ids_.end() || x.numel() == 0) return MultiplySource(weights_, linear, x);
+    if (found == ids_.end() || x.numel() == 0) return Multiply(weights_, linear.name, x);
     return ApplyProbed(x, weights_.weight.at(linear.name), weights_.bias.at(linear.name),
                        found->second, *this);
   }

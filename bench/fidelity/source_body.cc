@@ -2,7 +2,6 @@
 
 #include <torch/torch.h>
 
-#include <optional>
 #include <utility>
 
 namespace prismaquant {
@@ -33,13 +32,6 @@ Result<at::Tensor> SourceBody::Embed(const TokenWindows& windows, int64_t first,
 at::Tensor SourceBody::Run(int layer, const SequenceContext& context, const at::Tensor& hidden,
                            LinearRunner& linears) const {
   return RunLayer(*blocks_[static_cast<size_t>(layer)], context, hidden, linears);
-}
-
-at::Tensor MultiplySource(const LayerWeights& weights, const LinearInfo& linear,
-                          const at::Tensor& x) {
-  const at::Tensor& bias = weights.bias.at(linear.name);
-  return at::linear(x, weights.weight.at(linear.name),
-                    bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
 }
 
 }  // namespace prismaquant

@@ -43,15 +43,11 @@ class SourceBody {
   std::unique_ptr<OutputHead> head_;
 };
 
-// x W^T (+ b) with the layer's own weights.
-at::Tensor MultiplySource(const LayerWeights& weights, const LinearInfo& linear,
-                          const at::Tensor& x);
-
 class SourceLinears : public LinearRunner {
  public:
   explicit SourceLinears(const LayerWeights& weights) : weights_(weights) {}
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override {
-    return MultiplySource(weights_, linear, x);
+    return Multiply(weights_, linear.name, x);
   }
 
  private:

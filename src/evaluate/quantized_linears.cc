@@ -99,8 +99,7 @@ at::Tensor QuantizedLinears::Apply(const LinearInfo& linear, const at::Tensor& x
     }
     input = last_quantized_;
   }
-  return at::linear(input, entry.weight,
-                    entry.bias.defined() ? std::optional<at::Tensor>(entry.bias) : std::nullopt);
+  return MultiplyLinear(input, entry.weight, entry.bias);
 }
 
 }  // namespace prismaquant

@@ -32,6 +32,10 @@ std::string BodyPrefix(const Checkpoint& checkpoint, const Profile& profile) {
 
 }  // namespace
 
+at::Tensor MultiplyLinear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  return at::linear(x, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+}
+
 at::Tensor RunLayer(const DecoderLayer& layer, const SequenceContext& context,
                     const at::Tensor& hidden, LinearRunner& linears, at::Tensor* routing) {
   LayerState state{.hidden = hidden};

@@ -107,6 +107,9 @@ class LinearRunner {
   virtual at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) = 0;
 };
 
+// x W^T, and + b if the bias is defined.
+at::Tensor MultiplyLinear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
+
 // The layer's output [sequences, tokens, hidden_size]. `routing`, if not null, is set as in
 // LayerState.
 at::Tensor RunLayer(const DecoderLayer& layer, const SequenceContext& context,

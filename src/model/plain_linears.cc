@@ -2,7 +2,6 @@
 
 #include <torch/torch.h>
 
-#include <optional>
 #include <utility>
 
 #include "formats/torch_guard.h"
@@ -42,8 +41,7 @@ Result<std::unique_ptr<PlainLinears>> PlainLinears::Load(const Model& model, int
 
 at::Tensor PlainLinears::Apply(const LinearInfo& linear, const at::Tensor& x) {
   const Entry& entry = entries_.at(linear.name);
-  return at::linear(x, entry.weight,
-                    entry.bias.defined() ? std::optional<at::Tensor>(entry.bias) : std::nullopt);
+  return MultiplyLinear(x, entry.weight, entry.bias);
 }
 
 Result<at::Tensor> ForwardLogits(const Model& model, const at::Tensor& ids,

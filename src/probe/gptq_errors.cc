@@ -17,6 +17,10 @@ MomentsRunner::MomentsRunner(const LayerWeights& weights,
       token_weights_(std::move(token_weights)),
       formats_(formats.begin(), formats.end()) {}
 
+MomentsRunner::Halves MomentsRunner::NoInputs(int64_t in) {
+  return {Half{InputMoments(in), {}}, Half{InputMoments(in), {}}};
+}
+
 at::Tensor MomentsRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
   at::Tensor y = Multiply(weights_, linear.name, x);
   if (x.numel() == 0 || !linear.allocatable) return y;
@@ -26,8 +30,10 @@ at::Tensor MomentsRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
   const at::Tensor weights =
       found == token_weights_.end() ? at::Tensor() : found->second.narrow(0, seen, rows.size(0));
   seen += rows.size(0);
-  const auto [halves, fresh] = halves_.try_emplace(
-      linear.name, Halves{Half{InputMoments(linear.in), {}}, Half{InputMoments(linear.in), {}}});
+  auto halves = halves_.find(linear.name);
+  if (halves == halves_.end()) {
+    halves = halves_.try_emplace(linear.name, NoInputs(linear.in)).first;
+  }
   Half& half = halves->second[half_];
   half.moments.Add(rows, weights);
   activations_.SetInput(rows);
@@ -43,12 +49,11 @@ at::Tensor MomentsRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
 
 Result<WeightErrors> MomentsRunner::Round(const LinearInfo& linear, const Format& format,
                                           const Halves& halves) const {
-  std::array<InputMoments, 2> moments = {InputMoments(linear.in), InputMoments(linear.in)};
-  for (size_t h = 0; h < 2; ++h) {
-    const auto noise = halves[h].noise.find(&format);
-    moments[h] = noise == halves[h].noise.end() ? halves[h].moments
-                                                : halves[h].moments.WithNoise(noise->second);
-  }
+  const auto moments_of = [&](const Half& half) {
+    const auto noise = half.noise.find(&format);
+    return noise == half.noise.end() ? half.moments : half.moments.WithNoise(noise->second);
+  };
+  const std::array<InputMoments, 2> moments = {moments_of(halves[0]), moments_of(halves[1])};
   const at::Tensor weight = weights_.stored.at(linear.name).to(at::kFloat);
   WeightErrors errors{.format = &format, .of_half = {}};
   for (size_t h = 0; h < 2; ++h) {
@@ -64,12 +69,11 @@ Result<LayerErrors> MomentsRunner::Errors(const std::vector<LinearInfo>& linears
   LayerErrors errors;
   for (const LinearInfo& linear : linears) {
     if (!linear.allocatable) continue;
-    const auto halves = halves_.find(linear.name);
-    const Halves none{Half{InputMoments(linear.in), {}}, Half{InputMoments(linear.in), {}}};
+    const auto found = halves_.find(linear.name);
+    const Halves halves = found == halves_.end() ? NoInputs(linear.in) : found->second;
     for (const Format* format : formats_) {
       if (!format->Supports(linear.out, linear.in)) continue;
-      PQ_ASSIGN_OR_RETURN(WeightErrors rounded,
-                          Round(linear, *format, halves == halves_.end() ? none : halves->second));
+      PQ_ASSIGN_OR_RETURN(WeightErrors rounded, Round(linear, *format, halves));
       errors[linear.name].push_back(std::move(rounded));
     }
   }

@@ -44,6 +44,7 @@ class MomentsRunner : public LinearRunner {
     std::map<const Format*, at::Tensor> noise;
   };
   using Halves = std::array<Half, 2>;
+  static Halves NoInputs(int64_t in);
 
   Result<WeightErrors> Round(const LinearInfo& linear, const Format& format,
                              const Halves& halves) const;

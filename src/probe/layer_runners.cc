@@ -3,15 +3,12 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <optional>
 #include <utility>
 
 namespace prismaquant {
 
 at::Tensor Multiply(const LayerWeights& weights, const std::string& linear, const at::Tensor& x) {
-  const at::Tensor& bias = weights.bias.at(linear);
-  return at::linear(x, weights.weight.at(linear),
-                    bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+  return MultiplyLinear(x, weights.weight.at(linear), weights.bias.at(linear));
 }
 
 Result<LayerWeights> LayerWeights::Load(const Model& model, int layer,

@@ -21,10 +21,6 @@ Parts PartsOf(const at::Tensor& parts) {
   return {.sum = wide.sum().item<double>(), .squares = wide.square().sum().item<double>()};
 }
 
-double MeanSquare(const at::Tensor& error) {
-  return error.defined() ? InnerProduct(error, error) / static_cast<double>(error.numel()) : 0;
-}
-
 }  // namespace
 
 const at::Tensor& ActivationErrors::SetInput(const at::Tensor& x) {
@@ -41,6 +37,14 @@ const at::Tensor& ActivationErrors::Error(const Format& format, const SharedScal
   at::Tensor& error = errors_[&format];
   if (!error.defined()) error = format.QuantizeActivation(x_, scales) - x_;
   return error;
+}
+
+double WeightErrors::MeanSquare() const {
+  const auto mean_square = [](const at::Tensor& error) {
+    return error.defined() ? InnerProduct(error, error) / static_cast<double>(error.numel()) : 0;
+  };
+  const double first = mean_square(of_half[0]);
+  return cross_fitted() ? (first + mean_square(of_half[1])) / 2 : first;
 }
 
 std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tensor& weight,
@@ -67,7 +71,7 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
     : scales_(scales), errors_(std::move(errors)) {
   stats_.name = linear.name;
   stats_.layer = linear.layer;
-  stats_.weight_amax = weight.to(at::kFloat).abs().max().item<double>();
+  stats_.weight_amax = weight.abs().max().to(at::kDouble).item<double>();
   stats_.input_amax = scales.input_amax;
   sums_.assign(errors_.size(), Sums(sequences));
   in_sample_ = sums_;
@@ -113,7 +117,7 @@ std::vector<LinearCost> LinearStatistics::Costs() const {
     LinearCost cost{.linear = stats_.name,
                     .format = std::string(error.format->name()),
                     .rounding = error.cross_fitted() ? Rounding::kGptq : Rounding::kNearest,
-                    .weight_mse = (MeanSquare(error.of_half[0]) + MeanSquare(error.of_half[1])) / 2,
+                    .weight_mse = error.MeanSquare(),
                     .directional = sums_[i].directional,
                     .squares = sums_[i].squares};
     costs.push_back(cost);

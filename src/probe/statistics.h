@@ -54,6 +54,8 @@ struct WeightErrors {
   // undefined if there is no error.
   std::array<at::Tensor, 2> of_half;
   bool cross_fitted() const { return of_half[0].defined() && !of_half[0].is_same(of_half[1]); }
+  // Of the elements, mean over the halves.
+  double MeanSquare() const;
 };
 
 // Of rounding to nearest, for every format that can hold the weight [out, in]; none for a Linear

@@ -254,13 +254,11 @@ Result<std::map<std::string, PartLosses>> LinearLosses(const Model& model, RunSt
 
 Result<Json> ProbeToJson(const Model& model, RunStore& store, const LossTokens& tokens) {
   PQ_ASSIGN_OR_RETURN(const CostTable costs, LoadCosts(model, store, Rounding::kNearest));
-  const std::pair<const char*, Rounding> further[] = {
-      {"directional_gptq", Rounding::kGptq},
-      {"directional_gptq_in_sample", Rounding::kGptqInSample}};
-  std::map<const char*, CostTable> rounded;
-  for (const auto& [key, rounding] : further) {
-    rounded[key].rounding = rounding;
-    PQ_ASSIGN_OR_RETURN(rounded[key].rows, store.Costs(rounding));
+  std::map<std::string, CostTable> further;
+  for (const auto& [key, rounding] :
+       {std::pair("directional_gptq", Rounding::kGptq),
+        std::pair("directional_gptq_in_sample", Rounding::kGptqInSample)}) {
+    PQ_ASSIGN_OR_RETURN(further[key].rows, store.Costs(rounding));
   }
   PQ_ASSIGN_OR_RETURN(const auto stats, StatsByName(store));
   const auto parts = PartsByName(model);
@@ -292,7 +290,7 @@ Result<Json> ProbeToJson(const Model& model, RunStore& store, const LossTokens& 
                 {"fisher_trace", trace.text + trace.caption + trace.mtp},
                 {"weight_mse", cost.weight_mse},
                 {"bytes", FindFormat(format)->Bytes(linear.out, linear.in, linear.dtype)}};
-      for (const auto& [key, table] : rounded) {
+      for (const auto& [key, table] : further) {
         const auto found_row = table.rows.find(linear.name);
         if (found_row == table.rows.end() || found_row->second.count(format) == 0) continue;
         PQ_ASSIGN_OR_RETURN(const PartLosses further_losses,

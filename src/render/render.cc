@@ -165,8 +165,7 @@ class Renderer {
 
   Status LoadTokenWeights(int layer) {
     token_weights_.clear();
-    if (!guided_) return {};
-    if (layer == HeadLayer()) return {};
+    if (!guided_ || layer == HeadLayer()) return {};
     PQ_ASSIGN_OR_RETURN(token_weights_, prismaquant::LoadTokenWeights(store_, layer));
     return {};
   }
@@ -250,18 +249,13 @@ class Renderer {
       }
       const std::vector<at::Tensor>& x = job.inputs.For(format, scales);
       for (size_t n = 0; n < run.outputs.size(); ++n) {
-        run.outputs[n].push_back(Multiply(x[n], rounded, bias));
+        run.outputs[n].push_back(MultiplyLinear(x[n], rounded, bias));
       }
       for (size_t n = 0; n < run.source_outputs.size(); ++n) {
-        run.source_outputs[n].push_back(Multiply(job.source_inputs[n], job.product, bias));
+        run.source_outputs[n].push_back(MultiplyLinear(job.source_inputs[n], job.product, bias));
       }
     }
     return {};
-  }
-
-  static at::Tensor Multiply(const at::Tensor& x, const at::Tensor& weight,
-                             const at::Tensor& bias) {
-    return at::linear(x, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
   }
 
   // Leaves the stored tensors in `rendered` and returns the decoded weight, float32 [out, in].
@@ -280,7 +274,7 @@ class Renderer {
     const bool scales_only = linear.is_expert && job.inputs.tokens() < kFewestTokens;
     InputMoments train(linear.in), held_out(linear.in);
     if (scales_only) {
-      train.Add(at::eye(linear.in), {});
+      train = train.WithNoise(at::ones({linear.in}));
     } else {
       Accumulate(job, train, held_out);
     }
@@ -316,7 +310,7 @@ class Renderer {
     if (job.source_inputs.empty() || job.linear.is_expert) return {};
     const at::Tensor source = job.source_inputs[sequence].reshape({-1, job.linear.in});
     const at::Tensor difference = source.to(at::kFloat) - rows.to(at::kFloat);
-    return Multiply(difference.to(options_.compute.dtype), job.product, {});
+    return MultiplyLinear(difference.to(options_.compute.dtype), job.product, {});
   }
 
   Status PutStates(Stream stream, const PartLayers& part, int layer,

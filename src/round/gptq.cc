@@ -8,8 +8,6 @@
 #include <utility>
 
 #include "kernels/gptq.h"
-#include "kernels/integer_codes.h"
-#include "kernels/minifloat.h"
 #include "round/scale_sweep.h"
 
 namespace prismaquant {
@@ -76,19 +74,20 @@ struct GridState {
   at::Tensor codes;  // U8 [out, in]
 };
 
-// Columns per stored scale; 0: one per row.
-int64_t GroupOf(const Format& format) {
+ops::GptqGrid GridOf(const Format& format) {
   switch (format.grid()) {
     case Grid::kE2M1Group16:
-      return kNvfp4GroupSize;
+      return ops::GptqGrid::kE2M1Group16;
     case Grid::kE4M3Group32:
+      return ops::GptqGrid::kE4M3Group32;
     case Grid::kE2M1Group32:
-      return kMxGroupSize;
+      return ops::GptqGrid::kE2M1Group32;
     case Grid::kInt4Group128:
+      return ops::GptqGrid::kInt4Group128;
     case Grid::kInt8Group128:
-      return kIntGroupSize;
+      return ops::GptqGrid::kInt8Group128;
     default:
-      return 0;
+      return ops::GptqGrid::kE4M3Row;
   }
 }
 
@@ -105,7 +104,8 @@ struct Order {
 };
 
 Order OrderByImportance(const Format& format, const at::Tensor& hessian) {
-  const int64_t in = hessian.size(0), group = std::max<int64_t>(GroupOf(format), 1);
+  const int64_t in = hessian.size(0);
+  const int64_t group = std::max<int64_t>(ops::GptqGroupSize(GridOf(format)), 1);
   const at::Tensor importance = hessian.diagonal().view({in / group, group}).sum(1);
   const at::Tensor groups =
       at::argsort(importance, /*stable=*/true, /*dim=*/0, /*descending=*/true);
@@ -115,31 +115,24 @@ Order OrderByImportance(const Format& format, const at::Tensor& hessian) {
 }
 
 GridState MakeGrid(const Format& format, const StoredTensors& rtn, int64_t out, int64_t in) {
-  GridState state{.group = GroupOf(format)};
+  GridState state{.grid = GridOf(format)};
+  state.group = ops::GptqGroupSize(state.grid);
   state.codes = at::empty({out, in}, at::kByte);
   switch (format.grid()) {
     case Grid::kE2M1Group16:
-      state.grid = ops::GptqGrid::kE2M1Group16;
       state.global_scale = rtn.at("weight_global_scale").item<double>();
-      break;
+      [[fallthrough]];
     case Grid::kE4M3Group32:
-      state.grid = ops::GptqGrid::kE4M3Group32;
-      break;
     case Grid::kE2M1Group32:
-      state.grid = ops::GptqGrid::kE2M1Group32;
+      state.scale = at::empty({out, in / state.group}, at::kByte);
       break;
     case Grid::kInt4Group128:
     case Grid::kInt8Group128:
-      state.grid = format.grid() == Grid::kInt4Group128 ? ops::GptqGrid::kInt4Group128
-                                                        : ops::GptqGrid::kInt8Group128;
       state.scale = at::empty_like(rtn.at("weight_scale"));
-      return state;
+      break;
     default:
-      state.grid = ops::GptqGrid::kE4M3Row;
       state.scale = rtn.at("weight_scale").to(at::kFloat).contiguous();
-      return state;
   }
-  state.scale = at::empty({out, in / state.group}, at::kByte);
   return state;
 }
 
@@ -239,7 +232,7 @@ CorrectedWeight Correct(const at::Tensor& weight, const InputMoments& train,
   if (!factor.lower.defined()) return corrected;
   const at::Tensor pull = train.pull().to(factor.lower.scalar_type()) / factor.unit;
   const at::Tensor step = at::cholesky_solve(pull.t(), factor.lower).t().to(at::kFloat);
-  const double curvature = held_out.WeightError(weight + step, weight);
+  const double curvature = held_out.ErrorOf(weight + step, weight).weight;
   const double slope = (step * held_out.pull()).sum(-1).sum(at::kDouble).item<double>();
   if (!(curvature > 0) || !std::isfinite(slope)) return corrected;
   corrected.share = std::clamp(slope / curvature, 0.0, kLargestCorrection);
@@ -258,16 +251,14 @@ Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
   const InputMoments& judge = held_out.tokens() > 0 ? held_out : train;
   StoredTensors rtn = format.Encode(weight, shared, source);
   at::Tensor rtn_decoded = format.Decode(rtn);
-  const double gptq_error = judge.OutputError(gptq.decoded, weight);
-  const double rtn_error = judge.OutputError(rtn_decoded, weight);
-  if (gptq.fell_back || !std::isfinite(gptq_error) || gptq_error > rtn_error) {
+  const RoundingError error = judge.ErrorOf(gptq.decoded, weight);
+  const RoundingError rtn_error = judge.ErrorOf(rtn_decoded, weight);
+  if (gptq.fell_back || !std::isfinite(error.output) || error.output > rtn_error.output) {
     return GptqResult{
         .stored = std::move(rtn), .decoded = std::move(rtn_decoded), .fell_back = true};
   }
-  gptq.error_ratio = Ratio(gptq_error, rtn_error);
-  gptq.weight_ratio =
-      Ratio(judge.WeightError(gptq.decoded, weight), judge.WeightError(rtn_decoded, weight));
-  gptq.correction = target.share;
+  gptq.error_ratio = Ratio(error.output, rtn_error.output);
+  gptq.weight_ratio = Ratio(error.weight, rtn_error.weight);
   return gptq;
 }
 

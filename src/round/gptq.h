@@ -26,12 +26,11 @@ struct GptqOptions {
 
 struct GptqResult {
   StoredTensors stored;
-  at::Tensor decoded;       // float32 [out, in], what `stored` decodes to
-  bool fell_back = false;   // round-to-nearest was kept: H is not finite, zero or could not be
-                            // factored, or GPTQ was worse
-  double error_ratio = 1;   // OutputError relative to round-to-nearest's, on the judging inputs
-  double weight_ratio = 1;  // WeightError likewise
-  double correction = 0;    // share of the correction that was taken
+  at::Tensor decoded;      // float32 [out, in], what `stored` decodes to
+  bool fell_back = false;  // round-to-nearest was kept: H is not finite, zero or could not be
+                           // factored, or GPTQ was worse
+  // RoundingError's output and weight relative to round-to-nearest's, on the judging inputs.
+  double error_ratio = 1, weight_ratio = 1;
 };
 
 // weight float32 [out, in], hessian [in, in]. The format must have a grid.

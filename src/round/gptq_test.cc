@@ -461,8 +461,8 @@ TEST(Correct, BringsTheOutputsNearerToTheSources) {
     return (other.x.matmul(w.t()) - other.wanted).square().sum().item<double>();
   };
   EXPECT_LT(distance(corrected.weight), 0.9 * distance(weight));
-  EXPECT_NEAR(other.Moments().OutputError(corrected.weight, weight) / distance(corrected.weight), 1,
-              1e-3);
+  EXPECT_NEAR(other.Moments().ErrorOf(corrected.weight, weight).output / distance(corrected.weight),
+              1, 1e-3);
 }
 
 TEST(Correct, TakesTheShareThatIsBestOnTheHeldOutInputs) {
@@ -473,9 +473,9 @@ TEST(Correct, TakesTheShareThatIsBestOnTheHeldOutInputs) {
   ASSERT_LT(corrected.share, 0.49);
   const at::Tensor step = (corrected.weight - weight) / corrected.share;
   const InputMoments moments = held_out.Moments();
-  const double best = moments.OutputError(corrected.weight, weight);
+  const double best = moments.ErrorOf(corrected.weight, weight).output;
   for (const double share : {corrected.share - 0.01, corrected.share + 0.01})
-    EXPECT_LT(best, moments.OutputError(weight + share * step, weight));
+    EXPECT_LT(best, moments.ErrorOf(weight + share * step, weight).output);
 }
 
 TEST(Correct, LeavesAWeightWithoutASourceAlone) {
@@ -517,8 +517,8 @@ TEST(InputMoments, WeightErrorIsTheSummedSquaredErrorOfTheOutputs) {
   const at::Tensor x = CorrelatedInputs(50, 32, 1);
   const at::Tensor weight = Weight(6, 32), other = Weight(6, 32) + 0.01 * torch::randn({6, 32});
   const double expected = x.matmul((other - weight).t()).square().sum().item<double>();
-  EXPECT_NEAR(MomentsOf(x).WeightError(other, weight) / expected, 1, 1e-4);
-  EXPECT_EQ(MomentsOf(x).OutputError(other, weight), MomentsOf(x).WeightError(other, weight));
+  EXPECT_NEAR(MomentsOf(x).ErrorOf(other, weight).weight / expected, 1, 1e-4);
+  EXPECT_EQ(MomentsOf(x).ErrorOf(other, weight).output, MomentsOf(x).ErrorOf(other, weight).weight);
 }
 
 TEST(InputMoments, NoiseAddsToTheDiagonalAlone) {

@@ -46,15 +46,13 @@ InputMoments InputMoments::WithNoise(const at::Tensor& noise) const {
   return noisy;
 }
 
-double InputMoments::WeightError(const at::Tensor& decoded, const at::Tensor& weight) const {
+RoundingError InputMoments::ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const {
   const at::Tensor difference = decoded - weight;
-  return InnerProduct(at::matmul(difference, hessian_), difference);
-}
-
-double InputMoments::OutputError(const at::Tensor& decoded, const at::Tensor& weight) const {
-  const double error = WeightError(decoded, weight);
-  if (!pull_.defined()) return error;
-  return error - 2 * InnerProduct(decoded - weight, pull_) + lack_energy_;
+  RoundingError error;
+  error.weight = InnerProduct(at::matmul(difference, hessian_), difference);
+  error.output = error.weight;
+  if (pull_.defined()) error.output += lack_energy_ - 2 * InnerProduct(difference, pull_);
+  return error;
 }
 
 }  // namespace prismaquant

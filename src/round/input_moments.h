@@ -18,6 +18,12 @@
 
 namespace prismaquant {
 
+// Of a rounded weight W + D, summed over the tokens.
+struct RoundingError {
+  double weight = 0;  // tr(D H D^T): the squared error of the outputs for one and the same input
+  double output = 0;  // the squared distance of the outputs from the source's
+};
+
 class InputMoments {
  public:
   explicit InputMoments(int64_t in);
@@ -32,11 +38,7 @@ class InputMoments {
   const at::Tensor& pull() const { return pull_; }
   int64_t tokens() const { return tokens_; }
 
-  // tr(D H D^T) with D = decoded - weight: the summed squared error of the outputs for one and the
-  // same input.
-  double WeightError(const at::Tensor& decoded, const at::Tensor& weight) const;
-  // The summed squared distance of the outputs from the source's.
-  double OutputError(const at::Tensor& decoded, const at::Tensor& weight) const;
+  RoundingError ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const;
 
  private:
   at::Tensor hessian_, pull_;

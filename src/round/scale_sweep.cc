@@ -1,5 +1,6 @@
 #include "round/scale_sweep.h"
 
+#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include "kernels/minifloat.h"
@@ -7,62 +8,80 @@
 namespace prismaquant {
 namespace {
 
-constexpr int64_t kCandidates = 32;
+constexpr int kCandidates = 32;
 constexpr double kSmallestMultiple = 0.5, kLargestMultiple = 1.5;
 
-// The nearest code of each value, ties to even, and what it means.
-struct Nearest {
-  at::Tensor codes, values;
+// One group as it is stored, and what its weighted squared error is.
+struct Group {
+  uint8_t codes[kNvfp4GroupSize];
+  uint8_t scale = 0;  // E4M3
+  float error = 0;
 };
-Nearest RoundToNearest(const at::Tensor& x) {
-  const at::Tensor grid = at::tensor({0.0F, 0.5F, 1.0F, 1.5F, 2.0F, 3.0F, 4.0F, 6.0F});
-  const at::Tensor middles = (grid.narrow(0, 1, 7) + grid.narrow(0, 0, 7)) / 2;
-  const at::Tensor magnitude = x.abs().contiguous();
-  const at::Tensor lower = at::bucketize(magnitude, middles);
-  const at::Tensor upper = at::bucketize(magnitude, middles, /*out_int32=*/false, /*right=*/true);
-  const at::Tensor index = at::where(lower.remainder(2) == 0, lower, upper);
-  const at::Tensor negative = x.signbit();
-  const at::Tensor value = grid.index_select(0, index.flatten()).view(index.sizes());
-  return {.codes = (index + negative.to(at::kLong) * 8).to(at::kByte),
-          .values = at::where(negative, -value, value)};
+
+float SquaredError(const float* values, const float* w, const float* importance) {
+  float sum = 0;
+  for (int64_t j = 0; j < kNvfp4GroupSize; ++j) {
+    const float difference = values[j] - w[j];
+    sum += difference * difference * importance[j];
+  }
+  return sum;
 }
 
-at::Tensor Unpack(const at::Tensor& packed) {
-  return at::stack({packed.bitwise_and(15), packed.bitwise_right_shift(4)}, 2).flatten(1);
+Group RoundUnder(uint8_t scale, float global, const float* w, const float* importance) {
+  Group group{.codes = {}, .scale = scale};
+  const float step = DecodeE4M3(scale) / global;
+  float values[kNvfp4GroupSize];
+  for (int64_t j = 0; j < kNvfp4GroupSize; ++j) {
+    const float value = RoundToE2M1(w[j] / step);
+    group.codes[j] = EncodeE2M1(value);
+    values[j] = value * step;
+  }
+  group.error = SquaredError(values, w, importance);
+  return group;
+}
+
+// The best of the candidates if its error is less than `least`, else a group with the scale 0.
+Group Sweep(const float* w, const float* importance, float global, float least) {
+  Group best{.codes = {}, .error = least};
+  const float ideal = LargestMagnitude(w, kNvfp4GroupSize) / kE2M1Max * global;
+  for (int i = 0; i < kCandidates; ++i) {
+    const double multiple =
+        kSmallestMultiple + (kLargestMultiple - kSmallestMultiple) * i / (kCandidates - 1);
+    const uint8_t scale = EncodeE4M3(RoundToE4M3(ideal * static_cast<float>(multiple)));
+    if (scale == 0) continue;
+    const Group group = RoundUnder(scale, global, w, importance);
+    if (group.error < best.error) best = group;
+  }
+  return best;
 }
 
 }  // namespace
 
 void SweepScales(const at::Tensor& weight, const at::Tensor& importance, const Format& format,
                  StoredTensors& stored) {
-  const int64_t out = weight.size(0), groups = weight.size(1) / kNvfp4GroupSize;
-  const at::Tensor w = weight.view({out, groups, kNvfp4GroupSize});
-  const at::Tensor c = importance.view({groups, kNvfp4GroupSize});
-  const at::Tensor global = stored.at("weight_global_scale");
-  const auto error_of = [&](const at::Tensor& values) {
-    return ((values - w).square() * c).sum(-1, /*keepdim=*/true);
-  };
-  at::Tensor least = error_of(format.Decode(stored).view(w.sizes()));
-  at::Tensor codes = Unpack(stored.at("weight_packed")).view(w.sizes());
-  at::Tensor scales = stored.at("weight_scale").to(at::kFloat).view({out, groups, 1});
-  const at::Tensor ideal = w.abs().amax(-1, /*keepdim=*/true) / kE2M1Max * global;
-  for (int64_t i = 0; i < kCandidates; ++i) {
-    const double multiple = kSmallestMultiple + (kLargestMultiple - kSmallestMultiple) *
-                                                    static_cast<double>(i) / (kCandidates - 1);
-    const at::Tensor scale =
-        (ideal * multiple).clamp_max(kE4M3Max).to(at::kFloat8_e4m3fn).to(at::kFloat);
-    const at::Tensor step = scale / global;
-    const Nearest nearest = RoundToNearest(at::where(step > 0, w / step, at::zeros_like(w)));
-    const at::Tensor error = error_of(nearest.values * step);
-    const at::Tensor better = at::logical_and(error<least, scale> 0);
-    least = at::where(better, error, least);
-    codes = at::where(better, nearest.codes, codes);
-    scales = at::where(better, scale, scales);
-  }
-  const at::Tensor pairs = codes.view({out, -1, 2});
-  stored["weight_packed"] =
-      pairs.select(2, 0).bitwise_or(pairs.select(2, 1).bitwise_left_shift(4)).contiguous();
-  stored["weight_scale"] = scales.view({out, groups}).to(at::kFloat8_e4m3fn);
+  const int64_t in = weight.size(1), groups = in / kNvfp4GroupSize;
+  const at::Tensor source = weight.contiguous();
+  const at::Tensor rounded = format.Decode(stored).contiguous();
+  at::Tensor packed = stored.at("weight_packed").clone();
+  at::Tensor scales = stored.at("weight_scale").view(at::kByte).clone();
+  const auto global = stored.at("weight_global_scale").item<float>();
+  const auto* c = importance.const_data_ptr<float>();
+  at::parallel_for(0, weight.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * groups; n < end * groups; ++n) {
+      const int64_t column = n % groups * kNvfp4GroupSize;
+      const float* w = source.const_data_ptr<float>() + n * kNvfp4GroupSize;
+      const float* before = rounded.const_data_ptr<float>() + n * kNvfp4GroupSize;
+      const Group best = Sweep(w, c + column, global, SquaredError(before, w, c + column));
+      if (best.scale == 0) continue;
+      scales.mutable_data_ptr<uint8_t>()[n] = best.scale;
+      uint8_t* pairs = packed.mutable_data_ptr<uint8_t>() + n * kNvfp4GroupSize / 2;
+      for (int64_t j = 0; j < kNvfp4GroupSize; j += 2) {
+        pairs[j / 2] = static_cast<uint8_t>(best.codes[j] | best.codes[j + 1] << 4);
+      }
+    }
+  });
+  stored["weight_packed"] = packed;
+  stored["weight_scale"] = scales.view(at::kFloat8_e4m3fn);
 }
 
 }  // namespace prismaquant
