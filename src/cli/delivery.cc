@@ -37,17 +37,20 @@ Result<Json> MakeRecord(Session& session, const Delivery& delivery) {
   const std::string key = RenderKey(delivery.formats, delivery.render);
   PQ_ASSIGN_OR_RETURN(Json rendering,
                       RenderReport(session.store(), key, session.model().num_layers()));
+  const Smoothing* smoothing = session.model().smoothing();
   Json plan = PlanToJson(delivery.plan, delivery.sweep);
   Json record = {{"schema", 1},
                  {"prismaquant", kVersion},
                  {"key", DeliveryKey(session, delivery)},
                  {"run", session.identity()},
+                 {kSmoothingKey, nullptr},
                  {"calibration", nullptr},
                  {"render", RenderSettings(delivery.render)},
                  {"rendering", std::move(rendering)},
                  {"predicted_kl", nullptr},
                  {"predicted_kl_joint", nullptr},
                  {"evaluation", nullptr}};
+  if (smoothing != nullptr) record[kSmoothingKey] = SmoothingToJson(smoothing->exponents());
   if (!delivery.calibration.empty()) record["calibration"] = delivery.calibration;
   for (const auto& [name, value] : plan.items()) {
     if (!record.contains(name)) record[name] = value;

@@ -31,7 +31,7 @@ Status RunProbeCommand(const ProbeFlags& flags) {
         "{} Linears probed on {} tokens of text, {} of captions and {} of the MTP head in {}, peak "
         "memory {}\n",
         json["linears"].size(), tokens.text, tokens.caption, tokens.mtp,
-        FormatSeconds(session->times().front().seconds), FormatBytes(PeakMemoryBytes()));
+        FormatSeconds(session->times().back().seconds), FormatBytes(PeakMemoryBytes()));
     PQ_RETURN_IF_ERROR(PrintHeadCosts(*session));
   }
   return WriteJson(json, flags.json);

@@ -38,6 +38,7 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
     text += fmt::format(" --images {} --image-samples {}", name(flags.calibration.images),
                         flags.calibration.image_samples);
   }
+  if (flags.calibration.smooth) text += " --smooth";
   if (!flags.uniform.empty()) text += " --uniform " + flags.uniform;
   text += flags.plan.budget.ToText();
   if (!flags.plan.formats.empty())
@@ -100,9 +101,9 @@ Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& ses
   Evaluation evaluation;
   PQ_RETURN_IF_ERROR(session.Timed("evaluate", [&]() -> Status {
     PQ_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(delivery.out));
+    PQ_ASSIGN_OR_RETURN(const auto source, Model::Open(session.checkpoint()));
     PQ_ASSIGN_OR_RETURN(const auto quantized, Model::Open(checkpoint));
-    PQ_ASSIGN_OR_RETURN(evaluation,
-                        Evaluate(session.model(), *quantized, data, {.dtype = at::kFloat}));
+    PQ_ASSIGN_OR_RETURN(evaluation, Evaluate(*source, *quantized, data, {.dtype = at::kFloat}));
     return {};
   }));
   const bool own = flags.eval_text.empty();

@@ -9,11 +9,14 @@
 
 #include "cli/calibration_store.h"
 #include "export/exporter.h"
+#include "probe/measure_smoothing.h"
 
 namespace prismaquant {
 namespace {
 
 constexpr char kSourceNote[] = "source";
+// Of the identity: the source is smoothed.
+constexpr char kSmoothKey[] = "smooth";
 // One captioned image in this many is kept for measuring.
 constexpr size_t kHeldOutImages = 4;
 
@@ -71,6 +74,9 @@ void CalibrationFlags::Register(CLI::App& command) {
       .add_option("--image-samples", image_samples, "Images to take, evenly spread; 0 takes all")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
+  command.add_flag("--smooth", smooth,
+                   "Scale channels by powers of two from norms and up and value projections into "
+                   "the Linears that read them; norms change, the model's function does not");
   command.add_option("--seed", seed, "Draws the windows and the labels")->capture_default_str();
   command
       .add_option("--labels", labels,
@@ -202,12 +208,14 @@ Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& sou
   if (!calibration.captions.empty()) {
     session->identity_["images"] = CaptionsFingerprint(calibration.captions);
   }
+  if (flags.smooth) session->identity_[kSmoothKey] = "1";
   PQ_ASSIGN_OR_RETURN(RunStore store, RunStore::Open(FileSystem::Default(), work));
   session->store_ = std::make_unique<RunStore>(std::move(store));
   PQ_RETURN_IF_ERROR(session->store_->Bind(session->identity_));
   PQ_RETURN_IF_ERROR(StoreCalibration(*session->store_, calibration));
   PQ_RETURN_IF_ERROR(
       session->store_->PutNote(kSourceNote, std::filesystem::absolute(source).string()));
+  PQ_RETURN_IF_ERROR(session->Smooth());
   return session;
 }
 
@@ -229,7 +237,19 @@ Result<std::unique_ptr<Session>> Session::Resume(const std::filesystem::path& wo
   }
   PQ_ASSIGN_OR_RETURN(session->calibration_, LoadCalibration(*session->store_, session->identity_));
   session->compute_.dtype = session->identity_["precision"] == "bf16" ? at::kBFloat16 : at::kFloat;
+  PQ_RETURN_IF_ERROR(session->Smooth());
   return session;
+}
+
+Status Session::Smooth() {
+  if (identity_.count(kSmoothKey) == 0) return {};
+  return Timed("smooth", [&]() -> Status {
+    PQ_ASSIGN_OR_RETURN(SmoothingExponents exponents,
+                        MeasureSmoothing(*model_, calibration_, compute_, *store_));
+    PQ_ASSIGN_OR_RETURN(auto smoothing, Smoothing::Make(*model_, std::move(exponents)));
+    model_->SetSmoothing(std::move(smoothing));
+    return {};
+  });
 }
 
 LabelRule Session::labels() const {

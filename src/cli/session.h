@@ -36,6 +36,7 @@ struct CalibrationFlags {
   int64_t samples = 32, tokens = 512;
   std::string images;
   int64_t image_samples = 32;
+  bool smooth = false;
   uint64_t seed = 0;
   std::string labels = "sampled";
   std::string precision = "auto";
@@ -75,7 +76,8 @@ at::ScalarType ComputeType(const std::string& precision, DType source);
 
 class Session {
  public:
-  // Opens source, tokenizer and calibration, and binds the store at `work` to them.
+  // Opens source, tokenizer and calibration, binds the store at `work` to them, and measures the
+  // smoothing if it is asked for.
   static Result<std::unique_ptr<Session>> Start(const std::filesystem::path& source,
                                                 const std::filesystem::path& work,
                                                 const CalibrationFlags& flags);
@@ -112,6 +114,8 @@ class Session {
   Session() = default;
   Status OpenSource(const std::filesystem::path& source);
   Status ReadCalibration(const CalibrationFlags& flags);
+  // Has the model smoothed if the run is to be, by what the store holds or a pass that fills it.
+  Status Smooth();
   // Bytes of the checkpoint's files outside these units.
   Result<int64_t> FixedBytes(const std::vector<UnitCosts>& units) const;
 

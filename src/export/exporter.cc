@@ -139,11 +139,16 @@ class RenderedLinear {
   StoredTensors stored_;
 };
 
-Status PassThrough(const Checkpoint& source, const std::string& name,
+Status PassThrough(const Model& model, const std::string& name,
                    const CheckpointWriter::Sink& sink) {
-  PQ_ASSIGN_OR_RETURN(const TensorView view, source.Get(name));
-  PQ_RETURN_IF_ERROR(sink(view.bytes));
-  source.DontNeed({name});
+  if (model.smoothing() != nullptr && model.smoothing()->Changes(name)) {
+    PQ_ASSIGN_OR_RETURN(const at::Tensor tensor, model.LoadTensor(name));
+    PQ_RETURN_IF_ERROR(sink(TensorBytes(tensor.contiguous())));
+  } else {
+    PQ_ASSIGN_OR_RETURN(const TensorView view, model.checkpoint().Get(name));
+    PQ_RETURN_IF_ERROR(sink(view.bytes));
+  }
+  model.checkpoint().DontNeed({name});
   return {};
 }
 
@@ -160,14 +165,13 @@ Status WriteSlice(const Model& model, const LinearInfo& linear,
 
 std::vector<CheckpointWriter::Tensor> WriterTensors(const ExportPlan& plan,
                                                     std::vector<PlannedTensor> planned) {
-  const Checkpoint& source = plan.model->checkpoint();
   const auto rendered = std::make_shared<RenderedLinear>(plan);
   std::vector<CheckpointWriter::Tensor> tensors;
   for (PlannedTensor& tensor : planned) {
     CheckpointWriter::Source write;
     if (tensor.linear == nullptr) {
-      write = [&source, name = tensor.spec.name](const CheckpointWriter::Sink& sink) {
-        return PassThrough(source, name, sink);
+      write = [model = plan.model, name = tensor.spec.name](const CheckpointWriter::Sink& sink) {
+        return PassThrough(*model, name, sink);
       };
     } else if (tensor.suffix.empty()) {
       write = [model = plan.model, linear = tensor.linear](const CheckpointWriter::Sink& sink) {

@@ -4,9 +4,9 @@
 // Export: write the quantized checkpoint. Its tensors stand in the order of the source, each
 // quantized Linear's weight replaced in place by the tensors of its format, the packed experts of a
 // part with a quantized expert by those of each expert, everything else passed through bit for bit
-// from the source's mapping. Rendered tensors are asked for one Linear at a
-// time, when their bytes are due, so memory holds one Linear. The folder appears at its name only
-// after VerifyCheckpoint has accepted it; on failure nothing is left behind.
+// from the source's mapping, or as smoothed where the model is. Rendered tensors are asked for one
+// Linear at a time, when their bytes are due, so memory holds one Linear. The folder appears at its
+// name only after VerifyCheckpoint has accepted it; on failure nothing is left behind.
 
 #include <cstdint>
 #include <filesystem>
@@ -24,9 +24,11 @@ namespace prismaquant {
 
 // The name under which the record of the run stands in a checkpoint.
 inline constexpr char kRecordFile[] = "prismaquant.json";
+// Its key for SmoothingToJson, null or absent if the model is not smoothed.
+inline constexpr char kSmoothingKey[] = "smoothing";
 
 struct ExportPlan {
-  const Model* model = nullptr;                  // of the source
+  const Model* model = nullptr;                  // of the source; if smoothed, the record says how
   std::map<std::string, const Format*> formats;  // every Linear of the model
   // The stored tensors of a quantized Linear; called once each, in the order of the source's
   // tensors.

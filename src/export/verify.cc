@@ -8,6 +8,7 @@
 #include <set>
 #include <vector>
 
+#include "export/exporter.h"
 #include "export/inventory.h"
 #include "export/matching.h"
 #include "formats/tensor_bytes.h"
@@ -231,11 +232,17 @@ Status CheckCopies(const Checkpoint& out, const Checkpoint& source) {
   return {};
 }
 
-Status CheckSameTensor(const TensorView& out, const TensorView& source) {
+Status CheckSameTensor(const TensorView& out, const Model& model, const TensorView& source) {
   if (out.dtype != source.dtype || out.shape != source.shape) {
     return Status::Unmet(fmt::format("tensor {}: is {} [{}], expected {} [{}] as in the source",
                                      out.name, DTypeName(out.dtype), fmt::join(out.shape, ", "),
                                      DTypeName(source.dtype), fmt::join(source.shape, ", ")));
+  }
+  if (model.smoothing() != nullptr && model.smoothing()->Changes(source.name)) {
+    PQ_ASSIGN_OR_RETURN(const at::Tensor smoothed, model.LoadTensor(source.name));
+    if (SameBytes(out.bytes, TensorBytes(smoothed.contiguous()))) return {};
+    return Status::Unmet(fmt::format("tensor {}: differs from the source's smoothed as {} says",
+                                     out.name, kRecordFile));
   }
   if (SameBytes(out.bytes, source.bytes)) return {};
   return Status::Unmet(
@@ -253,26 +260,25 @@ const StoredLinear* QuantizedOwner(const LinearMap& linears, const TensorName& n
 // Where the source packs what a Linear has for itself here: Linear name -> its slice.
 using SliceMap = std::map<std::string, const LinearInfo*>;
 
-Status CheckSlice(const TensorView& out, const Checkpoint& source, const LinearInfo& linear) {
-  const at::Tensor slice = TensorFromView(*source.Find(linear.packed.tensor))[linear.packed.expert]
-                               .narrow(0, linear.packed.row, linear.out)
-                               .contiguous();
+Status CheckSlice(const TensorView& out, const Model& model, const LinearInfo& linear) {
+  PQ_ASSIGN_OR_RETURN(const at::Tensor slice, model.LoadWeight(linear));
   const bool same = out.dtype == linear.dtype &&
                     out.shape == std::vector<int64_t>{linear.out, linear.in} &&
-                    SameBytes(out.bytes, TensorBytes(slice));
+                    SameBytes(out.bytes, TensorBytes(slice.contiguous()));
   return same ? Status()
               : Status::Unmet(fmt::format("tensor {}: differs from the source's slice of {}, "
                                           "expected a copy",
                                           out.name, linear.packed.tensor));
 }
 
-Status CheckTensorOrigin(const Checkpoint& out, const Checkpoint& source, const LinearMap& linears,
+Status CheckTensorOrigin(const Checkpoint& out, const Model& model, const LinearMap& linears,
                          const SliceMap& slices, const std::string& name) {
+  const Checkpoint& source = model.checkpoint();
   const TensorName parts = SplitTensorName(name);
   const StoredLinear* owner = QuantizedOwner(linears, parts);
   const auto slice = slices.find(parts.module);
   if (slice != slices.end() && owner == nullptr && parts.suffix == "weight") {
-    return CheckSlice(*out.Find(name), source, *slice->second);
+    return CheckSlice(*out.Find(name), model, *slice->second);
   }
   std::vector<int64_t> shape;
   if (slice != slices.end()) {
@@ -282,7 +288,7 @@ Status CheckTensorOrigin(const Checkpoint& out, const Checkpoint& source, const 
     if (original == nullptr) {
       return Status::Unmet(fmt::format("tensor {}: the source has none such", name));
     }
-    if (owner == nullptr) PQ_RETURN_IF_ERROR(CheckSameTensor(*out.Find(name), *original));
+    if (owner == nullptr) PQ_RETURN_IF_ERROR(CheckSameTensor(*out.Find(name), model, *original));
     shape = original->shape;
     source.DontNeed({original->name});
   }
@@ -294,9 +300,27 @@ Status CheckTensorOrigin(const Checkpoint& out, const Checkpoint& source, const 
   return {};
 }
 
+// Has the model of the source smoothed as the record beside the checkpoint says, if it does.
+Status SmoothAsRecorded(const Checkpoint& out, Model& model) {
+  std::error_code error;
+  const stdfs::path path = out.folder() / kRecordFile;
+  if (!stdfs::exists(path, error)) return {};
+  PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  PQ_ASSIGN_OR_RETURN(const Json record, ParseJson(text, path.string()));
+  if (!record.is_object() || !record.contains(kSmoothingKey) || record[kSmoothingKey].is_null()) {
+    return {};
+  }
+  PQ_ASSIGN_OR_RETURN(SmoothingExponents exponents,
+                      ParseSmoothing(record[kSmoothingKey], path.string()));
+  PQ_ASSIGN_OR_RETURN(auto smoothing, Smoothing::Make(model, std::move(exponents)));
+  model.SetSmoothing(std::move(smoothing));
+  return {};
+}
+
 Status CheckAgainstSource(const Checkpoint& out, const Checkpoint& source,
                           const LinearMap& linears) {
   PQ_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Open(source));
+  PQ_RETURN_IF_ERROR(SmoothAsRecorded(out, *model));
   SliceMap slices;
   std::set<std::string> unpacked;  // tensors of the source whose slices stand alone here
   for (const LinearInfo& linear : model->linears()) {
@@ -306,7 +330,7 @@ Status CheckAgainstSource(const Checkpoint& out, const Checkpoint& source,
     unpacked.insert(packed);
   }
   for (const std::string& name : out.names()) {
-    PQ_RETURN_IF_ERROR(CheckTensorOrigin(out, source, linears, slices, name));
+    PQ_RETURN_IF_ERROR(CheckTensorOrigin(out, *model, linears, slices, name));
   }
   for (const std::string& name : source.names()) {
     const TensorName parts = SplitTensorName(name);

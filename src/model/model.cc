@@ -140,20 +140,52 @@ SequenceContext Model::Context(const at::Tensor& positions, const ComputeOptions
   return RotaryContext(config_, positions, options);
 }
 
+void Model::SetSmoothing(std::shared_ptr<const Smoothing> smoothing) {
+  smoothing_ = std::move(smoothing);
+  if (vision_ != nullptr) vision_->SetSmoothing(smoothing_);
+}
+
+Result<at::Tensor> Model::LoadParameter(const std::string& tensor, at::ScalarType dtype,
+                                        at::Device device) const {
+  return LoadSmoothed(*checkpoint_, smoothing_.get(), tensor, dtype, device);
+}
+
 Result<at::Tensor> Model::LoadWeight(const LinearInfo& linear) const {
-  if (linear.packed.tensor.empty()) {
-    return checkpoint_tensors::Map(*checkpoint_, linear.name + ".weight");
-  }
-  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(linear.packed.tensor));
-  const at::Tensor weight =
-      TensorFromView(view)[linear.packed.expert].narrow(0, linear.packed.row, linear.out);
-  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, linear.packed.tensor, weight));
-  return weight;
+  const bool packed = !linear.packed.tensor.empty();
+  const std::string tensor = packed ? linear.packed.tensor : linear.name + ".weight";
+  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(tensor));
+  at::Tensor weight = TensorFromView(view);
+  if (packed) weight = weight[linear.packed.expert].narrow(0, linear.packed.row, linear.out);
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, tensor, weight));
+  if (smoothing_ == nullptr) return weight;
+  weight = smoothing_->Weight(linear.name, weight);
+  if (at::isfinite(weight).all().item<bool>()) return weight;
+  return Status::InvalidInput(fmt::format("{}: tensor {} is too large for {} when smoothed",
+                                          checkpoint_->folder().string(), tensor,
+                                          DTypeName(linear.dtype)));
 }
 
 Result<at::Tensor> Model::LoadBias(const LinearInfo& linear) const {
   if (!linear.has_bias) return at::Tensor();
-  return checkpoint_tensors::Map(*checkpoint_, linear.name + ".bias");
+  PQ_ASSIGN_OR_RETURN(const at::Tensor bias,
+                      checkpoint_tensors::Map(*checkpoint_, linear.name + ".bias"));
+  return smoothing_ == nullptr ? bias : smoothing_->Bias(linear.name, bias);
+}
+
+Result<at::Tensor> Model::LoadTensor(const std::string& name) const {
+  PQ_ASSIGN_OR_RETURN(const at::Tensor stored, checkpoint_tensors::Map(*checkpoint_, name));
+  if (smoothing_ == nullptr || !smoothing_->Changes(name)) return stored;
+  if (const at::Tensor* parameter = smoothing_->Parameter(name)) return *parameter;
+  at::Tensor packed;
+  for (const LinearInfo& linear : linears_) {
+    if (linear.name + ".weight" == name) return LoadWeight(linear);
+    if (linear.name + ".bias" == name) return LoadBias(linear);
+    if (linear.packed.tensor != name) continue;
+    if (!packed.defined()) packed = stored.clone();
+    PQ_ASSIGN_OR_RETURN(const at::Tensor slice, LoadWeight(linear));
+    packed[linear.packed.expert].narrow(0, linear.packed.row, linear.out).copy_(slice);
+  }
+  return packed;
 }
 
 std::vector<std::string> Model::LayerTensors(int layer) const {

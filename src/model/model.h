@@ -29,6 +29,7 @@
 #include "io/checkpoint.h"
 #include "model/config.h"
 #include "model/profile.h"
+#include "model/smoothing.h"
 
 namespace prismaquant {
 
@@ -181,10 +182,18 @@ class Model {
   virtual Result<std::unique_ptr<OutputHead>> LoadHead(
       Part part, const ComputeOptions& options,
       std::shared_ptr<LinearRunner> projection = nullptr) const = 0;
-  // The weight [out, in] of a Linear as the source stores it, checked finite; bias undefined if
-  // there is none.
+  // The weight [out, in] of a Linear in the source's dtype, smoothed if the model is, checked
+  // finite; bias undefined if there is none.
   Result<at::Tensor> LoadWeight(const LinearInfo& linear) const;
   Result<at::Tensor> LoadBias(const LinearInfo& linear) const;
+  // Any tensor of the source by its name, likewise.
+  Result<at::Tensor> LoadTensor(const std::string& name) const;
+  // The channels of a layer that can be scaled.
+  virtual std::vector<SmoothingSite> SmoothingSites(int layer) const = 0;
+  // From here on what is read is smoothed; not while other threads use the model.
+  void SetSmoothing(std::shared_ptr<const Smoothing> smoothing);
+  // Null if the source is read as it is.
+  const Smoothing* smoothing() const { return smoothing_.get(); }
   // All tensors of a layer, for read-ahead.
   std::vector<std::string> LayerTensors(int layer) const;
 
@@ -192,6 +201,9 @@ class Model {
   Model();
   // What embeddings are multiplied with, in the compute dtype.
   virtual double embedding_scale() const { return 1; }
+  // A parameter that belongs to no Linear, smoothed if the model is; a copy, checked finite.
+  Result<at::Tensor> LoadParameter(const std::string& tensor, at::ScalarType dtype,
+                                   at::Device device) const;
   // The prefix of a layer's tensors; empty for kHead.
   std::string LayerPrefix(int layer) const;
   Part PartOfLayer(int layer) const;
@@ -202,6 +214,7 @@ class Model {
   std::vector<PartLayers> parts_;
   std::vector<LinearInfo> linears_;
   std::unique_ptr<VisionTower> vision_;
+  std::shared_ptr<const Smoothing> smoothing_;
 };
 
 }  // namespace prismaquant

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <cmath>
 #include <filesystem>
 #include <limits>
 #include <map>
@@ -233,6 +234,59 @@ TEST_F(ModelTest, IdsOutsideTheVocabularyAreNamed) {
   ASSERT_TRUE(Open().ok());
   EXPECT_THAT(model_->Embed(torch::tensor({{0, 48}}), {}).status().message(), HasSubstr("48"));
   EXPECT_THAT(model_->Embed(torch::tensor({{0, -7}}), {}).status().message(), HasSubstr("-7"));
+}
+
+// Of every site of the layer, other powers of two for each channel.
+SmoothingExponents SomeExponents(const Model& model, int layer) {
+  SmoothingExponents exponents;
+  for (const SmoothingSite& site : model.SmoothingSites(layer)) {
+    for (int64_t c = 0; c < site.channels; ++c) {
+      exponents[site.key()].push_back(static_cast<int8_t>((c * 5 + layer) % 7 - 3));
+    }
+  }
+  return exponents;
+}
+
+TEST_F(ModelTest, ASmoothedModelComputesTheSameFromOtherTensors) {
+  ASSERT_TRUE(Open().ok());
+  const at::Tensor logits = *Logits();
+  const Result<at::Tensor> before = model_->LoadTensor("model.layers.1.self_attn.v_proj.weight");
+  const SmoothingExponents exponents = SomeExponents(*model_, 1);
+  EXPECT_EQ(exponents.size(), 4u);  // two norms, v and up
+  auto smoothing = Smoothing::Make(*model_, exponents);
+  ASSERT_TRUE(smoothing.ok()) << smoothing.status().message();
+  model_->SetSmoothing(*smoothing);
+  EXPECT_TRUE(at::equal(*Logits(), logits));
+  // v takes the norm's factors into its columns and its own out of its rows.
+  const at::Tensor after = *model_->LoadTensor("model.layers.1.self_attn.v_proj.weight");
+  EXPECT_FALSE(at::equal(after, *before));
+  const float row = std::exp2(-static_cast<float>((2 * 5 + 1) % 7 - 3));
+  const float column = std::exp2(static_cast<float>((3 * 5 + 1) % 7 - 3));
+  EXPECT_EQ(after[2][3].item<float>(), (*before)[2][3].item<float>() * row * column);
+  EXPECT_TRUE(model_->smoothing()->Changes("model.layers.1.input_layernorm.weight"));
+  EXPECT_FALSE(model_->smoothing()->Changes("model.layers.0.input_layernorm.weight"));
+  EXPECT_FALSE(model_->smoothing()->Changes("lm_head.weight"));
+}
+
+TEST_F(ModelTest, SmoothingOfAnotherModelIsRefused) {
+  ASSERT_TRUE(Open().ok());
+  const auto unknown = Smoothing::Make(*model_, {{"model.layers.7.mlp.up_proj", {0}}});
+  EXPECT_EQ(unknown.status().code(), StatusCode::kInvalidInput);
+  EXPECT_THAT(unknown.status().message(), HasSubstr("model.layers.7.mlp.up_proj"));
+  const auto narrow = Smoothing::Make(*model_, {{"model.layers.1.mlp.up_proj", {0, 1}}});
+  EXPECT_THAT(narrow.status().message(), AllOf(HasSubstr("2 channels"), HasSubstr("expected 40")));
+}
+
+TEST_F(ModelTest, AWeightThatSmoothingDrivesOutOfItsDtypeIsRefused) {
+  for (auto& [name, tensor] : tensors_) tensor = tensor.to(at::kHalf);
+  tensors_[kGate].fill_(60000);
+  ASSERT_TRUE(Open().ok());
+  auto smoothing = Smoothing::Make(*model_, SomeExponents(*model_, 1));
+  ASSERT_TRUE(smoothing.ok());
+  model_->SetSmoothing(*smoothing);
+  const Status status = model_->LoadTensor(kGate).status();
+  EXPECT_EQ(status.code(), StatusCode::kInvalidInput);
+  EXPECT_THAT(status.message(), AllOf(HasSubstr(kGate), HasSubstr("F16")));
 }
 
 }  // namespace

@@ -122,6 +122,16 @@ class Qwen35 : public TransformerModel {
     return std::unique_ptr<Mixer>(std::make_unique<GatedDeltaNet>(config_, std::move(p)));
   }
 
+  // The gated norm's weight is shared by all heads.
+  SmoothingSite MixerOutputSite(int layer, const LinearStages& stages) const override {
+    if (!IsDeltaNet(layer)) return TransformerModel::MixerOutputSite(layer, stages);
+    const int64_t dim = config_.linear_value_dim;
+    SmoothingSite site = NormSite(layer, "linear_attn.norm.weight", dim, stages[1]);
+    site.plus_one = false;
+    site.channel_of = at::arange(dim, at::kLong).repeat(config_.linear_value_heads);
+    return site;
+  }
+
  private:
   bool IsDeltaNet(int layer) const { return KindOf(layer) == LayerKind::kLinearAttention; }
   int64_t Channels() const {

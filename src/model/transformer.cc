@@ -82,7 +82,7 @@ Result<std::unique_ptr<Mixer>> TransformerModel::LoadMixer(int layer,
 
 Result<at::Tensor> TransformerModel::Parameter(int layer, const std::string& name,
                                                at::ScalarType dtype, at::Device device) const {
-  return checkpoint_tensors::Load(*checkpoint_, LayerPrefix(layer) + name, dtype, device);
+  return LoadParameter(LayerPrefix(layer) + name, dtype, device);
 }
 
 std::vector<std::vector<LinearShape>> TransformerModel::MlpLinears() const {
@@ -195,6 +195,53 @@ std::vector<ParameterShape> TransformerModel::LayerParameters(int layer) const {
     if (name != nullptr) parameters.push_back({name, {config_.hidden_size}});
   }
   return parameters;
+}
+
+SmoothingSite TransformerModel::NormSite(int layer, const char* norm, int64_t channels,
+                                         const std::vector<LinearInfo>& readers) const {
+  SmoothingSite site{.norm = {LayerPrefix(layer) + norm},
+                     .plus_one = skeleton().norm == NormKind::kPlusOne,
+                     .channels = channels};
+  for (const LinearInfo& linear : readers) site.readers.push_back(linear.name);
+  return site;
+}
+
+SmoothingSite TransformerModel::MixerOutputSite(int, const LinearStages& stages) const {
+  const LinearInfo& v = stages[0][2];
+  const int64_t d = config_.head_dim, shared = config_.num_heads / config_.num_kv_heads;
+  const at::Tensor heads = at::arange(config_.num_heads, at::kLong).floor_divide(shared);
+  return {.producer = v.name,
+          .channels = v.out,
+          .readers = {stages[1][0].name},
+          .channel_of = (heads.unsqueeze(1) * d + at::arange(d, at::kLong)).flatten()};
+}
+
+std::vector<SmoothingSite> TransformerModel::SmoothingSites(int layer) const {
+  const Part part = PartOfLayer(layer);
+  if (part == Part::kVision) {
+    return vision_->SmoothingSites(layer - FindPart(Part::kVision)->first);
+  }
+  if (part == Part::kHead) return {};
+  LinearStages stages = LayerStages(layer);
+  if (part == Part::kMtp) stages.erase(stages.begin());
+  const NormNames names = NamesOfNorms(skeleton().post_norms);
+  const int64_t h = config_.hidden_size;
+  std::vector<SmoothingSite> sites = {NormSite(layer, names.mixer_input, h, stages[0]),
+                                      MixerOutputSite(layer, stages)};
+  SmoothingSite mlp = NormSite(layer, names.mlp_input, h, stages[2]);
+  for (size_t s : {2, 3}) {
+    for (const LinearInfo& linear : stages[s]) {
+      const size_t leaf = linear.name.rfind('.') + 1;
+      const bool down = linear.name.substr(leaf) == "down_proj";
+      if (linear.is_expert && !down) mlp.readers.push_back(linear.name);
+      if (linear.name.substr(leaf) != "up_proj") continue;
+      sites.push_back({.producer = linear.name,
+                       .channels = linear.out,
+                       .readers = {linear.name.substr(0, leaf) + "down_proj"}});
+    }
+  }
+  sites.push_back(std::move(mlp));
+  return sites;
 }
 
 Status TransformerModel::CheckLinear(const LinearInfo& linear) const {

@@ -38,6 +38,7 @@ class TransformerModel : public Model {
       std::shared_ptr<LinearRunner> projection = nullptr) const override;
   Result<at::Tensor> FinalNorm(const at::Tensor& hidden,
                                const ComputeOptions& options) const override;
+  std::vector<SmoothingSite> SmoothingSites(int layer) const override;
   // Builds the inventory and checks every tensor's shape.
   Status Initialize(const Checkpoint& checkpoint, ModelConfig config, const Profile& profile);
 
@@ -52,7 +53,13 @@ class TransformerModel : public Model {
   // Everything else that the mixer reads.
   virtual std::vector<ParameterShape> MixerParameters(int layer) const;
   virtual Result<std::unique_ptr<Mixer>> LoadMixer(int layer, const ComputeOptions& options) const;
+  // The channels of the output projection's input; here made by v_proj. `stages` begin with the
+  // mixer's.
+  virtual SmoothingSite MixerOutputSite(int layer, const LinearStages& stages) const;
 
+  // Channels that a norm of the layer makes, named relative to it.
+  SmoothingSite NormSite(int layer, const char* norm, int64_t channels,
+                         const std::vector<LinearInfo>& readers) const;
   // Of a decoder layer of the body or of the MTP head, whose layers are all full attention.
   LayerKind KindOf(int layer) const;
   // A parameter of a layer in `dtype`, checked finite.

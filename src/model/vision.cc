@@ -128,7 +128,28 @@ Status VisionTower::CheckLinear(const LinearInfo& linear) const {
 
 Result<at::Tensor> VisionTower::Parameter(const std::string& name,
                                           const ComputeOptions& options) const {
-  return checkpoint_tensors::Load(*checkpoint_, name, options.dtype, options.device);
+  return LoadSmoothed(*checkpoint_, smoothing_.get(), name, options.dtype, options.device);
+}
+
+std::vector<SmoothingSite> VisionTower::SmoothingSites(int index) const {
+  const std::string prefix = BlockPrefix(index);
+  const int64_t h = config_.hidden_size;
+  const auto norm_site = [&](const std::string& norm, const std::string& reader) {
+    return SmoothingSite{.norm = {prefix + norm + ".weight", prefix + norm + ".bias"},
+                         .channels = h,
+                         .readers = {prefix + reader}};
+  };
+  if (index == config_.depth) {
+    SmoothingSite merged = norm_site("norm", "linear_fc1");
+    merged.channel_of = at::arange(h, at::kLong).repeat(config_.merged_size() / h);
+    return {std::move(merged)};
+  }
+  // The rows of the values are the last third of attn.qkv's.
+  SmoothingSite values{.producer = prefix + "attn.qkv",
+                       .row = 2 * h,
+                       .channels = h,
+                       .readers = {prefix + "attn.proj"}};
+  return {norm_site("norm1", "attn.qkv"), std::move(values), norm_site("norm2", "mlp.linear_fc1")};
 }
 
 Result<at::Tensor> VisionTower::Embed(const at::Tensor& patches, int64_t grid_rows,

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -57,6 +58,11 @@ class VisionTower {
   // {mlp.linear_fc2}; the merger has {linear_fc1}, {linear_fc2} and leaves hidden as
   // [1, P / merge_size^2, out_hidden_size].
   Result<std::unique_ptr<DecoderLayer>> LoadBlock(int index, const ComputeOptions& options) const;
+  // Of a block; as Model's.
+  std::vector<SmoothingSite> SmoothingSites(int index) const;
+  void SetSmoothing(std::shared_ptr<const Smoothing> smoothing) {
+    smoothing_ = std::move(smoothing);
+  }
   // "model.visual.blocks.0."
   std::string BlockPrefix(int index) const;
 
@@ -73,6 +79,7 @@ class VisionTower {
   VisionConfig config_;
   int first_layer_;
   std::vector<LinearInfo> linears_;
+  std::shared_ptr<const Smoothing> smoothing_;
 };
 
 }  // namespace prismaquant

@@ -15,6 +15,7 @@
 #include "formats/torch_guard.h"
 #include "model/sequences.h"
 #include "probe/blob_tensors.h"
+#include "probe/forward_pass.h"
 #include "probe/gptq_errors.h"
 #include "probe/head_costs.h"
 #include "probe/layer_runners.h"
@@ -25,16 +26,11 @@
 namespace prismaquant {
 namespace {
 
-constexpr char kHiddenFolder[] = "hidden";
 constexpr char kGradientFolder[] = "gradient";
 // A token's weight relative to the mean is cut here, so that a few tokens do not make up a Hessian.
 constexpr double kLargestTokenWeight = 10;
 
-// The hidden states before `layer` of a part, or, if it is the part's end, after its last one.
-std::string HiddenBlob(const PartLayers& part, int layer) {
-  return fmt::format("{}/{}-{}", kHiddenFolder, static_cast<int>(part.part), layer - part.first);
-}
-// The gradients at the same place.
+// The gradients where HiddenBlob has the hidden states.
 std::string GradientBlob(const PartLayers& part, int layer) {
   return fmt::format("{}/{}-{}", kGradientFolder, static_cast<int>(part.part), layer - part.first);
 }
@@ -67,7 +63,8 @@ class ProbePass {
         sequences_(sequences),
         options_(options),
         pass_(pass),
-        store_(store) {}
+        store_(store),
+        forward_(model, sequences, options.compute, pass.forward_stage, store) {}
 
   Status Run() {
     const PartLayers& body = *model_.FindPart(Part::kText);
@@ -88,11 +85,6 @@ class ProbePass {
  private:
   Result<bool> Done(const std::string& stage, int layer) { return store_.IsDone(stage, layer); }
 
-  Status NotFinite(const std::string& what) const {
-    return Status::InvalidInput(fmt::format("{}: {} is not finite on the calibration data",
-                                            model_.checkpoint().folder().string(), what));
-  }
-
   Status RunMtp(const PartLayers& mtp) {
     PQ_ASSIGN_OR_RETURN(const bool prepared, Done(pass_.head_stage, mtp.first));
     if (!prepared) {
@@ -102,61 +94,25 @@ class ProbePass {
     return Backward(mtp, "MTP");
   }
 
-  // The inputs of a part's first layer.
-  Status PutInputs(const PartLayers& part) {
-    const SequenceRange range = sequences_.Range(part.part);
-    std::optional<StoredSequences> before;
-    if (const std::optional<Part> source = sequences_.Before(part.part)) {
-      const PartLayers& layers = *model_.FindPart(*source);
-      PQ_ASSIGN_OR_RETURN(before, StoredSequences::Open(store_, HiddenBlob(layers, layers.end)));
-    }
-    std::vector<at::Tensor> inputs;
-    for (int64_t n = range.first; n < range.end; ++n) {
-      PQ_ASSIGN_OR_RETURN(at::Tensor input,
-                          sequences_.Input(part.part, n, before ? before->Find(n) : at::Tensor()));
-      inputs.push_back(std::move(input));
-    }
-    return PutSequences(store_, HiddenBlob(part, part.first), range.first, inputs);
-  }
-
   Status Forward(const PartLayers& part, const std::string& title) {
-    const at::NoGradGuard no_grad;
-    Progress progress("probe, forward, " + title, part.end - part.first, "layers");
-    for (int layer = part.first; layer < part.end; ++layer) {
-      PQ_ASSIGN_OR_RETURN(const bool done, Done(pass_.forward_stage, layer));
-      if (done) {
-        progress.Skip(1);
-        continue;
-      }
-      if (layer == part.first) PQ_RETURN_IF_ERROR(PutInputs(part));
-      PQ_RETURN_IF_ERROR(ForwardLayer(part, layer));
-      progress.Advance();
-    }
-    return {};
+    return forward_.Run(part, "probe, forward, " + title,
+                        [this](int layer, const LayerWeights& weights,
+                               const ForwardPass::Through& through) -> Status {
+                          MaximaRunner runner(weights);
+                          PQ_RETURN_IF_ERROR(through(runner));
+                          return CommitMaxima(layer, runner);
+                        });
   }
 
-  Status ForwardLayer(const PartLayers& part, int layer) {
-    PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
-    PQ_ASSIGN_OR_RETURN(const LayerWeights weights,
-                        LayerWeights::Load(model_, layer, options_.compute));
-    model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
-    PQ_ASSIGN_OR_RETURN(const StoredSequences inputs,
-                        StoredSequences::Open(store_, HiddenBlob(part, layer)));
-    MaximaRunner runner(weights);
-    std::vector<at::Tensor> outputs;
-    for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
-      outputs.push_back(RunLayer(*block, sequences_.Context(part.part, n), inputs.of(n), runner));
-    }
-    if (!AllFinite(outputs)) return NotFinite(fmt::format("the output of layer {}", layer));
-    PQ_RETURN_IF_ERROR(PutSequences(store_, HiddenBlob(part, layer + 1), inputs.first(), outputs));
+  // A further pass finds the statistics complete.
+  Status CommitMaxima(int layer, const MaximaRunner& runner) {
     std::vector<LinearStats> maxima;
     for (const LinearInfo& linear : model_.LayerLinears(layer)) {
+      if (!pass_.first) break;
       maxima.push_back(
           {.name = linear.name, .layer = layer, .input_amax = runner.maximum(linear.name)});
     }
-    // A further pass finds the statistics complete.
-    return store_.Commit(pass_.forward_stage, layer,
-                         pass_.first ? maxima : std::vector<LinearStats>());
+    return store_.Commit(pass_.forward_stage, layer, maxima);
   }
 
   Status Head(const PartLayers& part) {
@@ -173,7 +129,7 @@ class ProbePass {
       gradients.push_back(losses.back().gradient.unsqueeze(0));
       progress.Advance();
     }
-    if (!AllFinite(gradients)) return NotFinite("the gradient of the loss");
+    if (!AllFinite(gradients)) return NotFinite(model_, "the gradient of the loss");
     PQ_RETURN_IF_ERROR(
         PutSequences(store_, GradientBlob(part, part.end), hidden.first(), gradients));
     if (part.part != Part::kText || model_.FindPart(Part::kHead) == nullptr) {
@@ -189,11 +145,11 @@ class ProbePass {
   Status RequireFinite(const std::vector<LinearStats>& stats,
                        const std::vector<LinearCost>& costs) const {
     for (const LinearStats& linear : stats) {
-      if (!AllFinite(linear)) return NotFinite("the Fisher trace of " + linear.name);
+      if (!AllFinite(linear)) return NotFinite(model_, "the Fisher trace of " + linear.name);
     }
     for (const LinearCost& cost : costs) {
       if (!AllFinite(cost)) {
-        return NotFinite(fmt::format("the cost of {} for {}", cost.format, cost.linear));
+        return NotFinite(model_, fmt::format("the cost of {} for {}", cost.format, cost.linear));
       }
     }
     return {};
@@ -297,7 +253,7 @@ class ProbePass {
     }
     PQ_RETURN_IF_ERROR(RequireFinite(stats, costs));
     if (!AllFinite(gradients)) {
-      return NotFinite(fmt::format("the gradient at the input of layer {}", layer));
+      return NotFinite(model_, fmt::format("the gradient at the input of layer {}", layer));
     }
     PQ_RETURN_IF_ERROR(store_.PutBlob(TokenWeightBlob(layer), blob));
     PQ_RETURN_IF_ERROR(HandOn(part, layer, first, gradients));
@@ -328,6 +284,7 @@ class ProbePass {
   const ProbeOptions& options_;
   const PassFormats& pass_;
   RunStore& store_;
+  ForwardPass forward_;
 };
 
 Status RunPasses(const Model& model, const Calibration& calibration, const ProbeOptions& options,
