@@ -180,24 +180,26 @@ def upstream_rows(arguments: argparse.Namespace, budgets: list[float]) -> list[R
 
 
 def our_rows(arguments: argparse.Namespace, budgets: list[float]) -> list[Row]:
-    """A probe for each amount of calibration; budgets and formats share it."""
+    """A probe for each calibration, plain and smoothed; budgets and formats share it."""
     program = str(arguments.prismaquant)
     tool = f"PrismaQuant {subprocess.run([program, '--version'], capture_output=True, text=True, check=True).stdout.strip()}"
     windows = calibration_options(arguments)
     rows = []
-    for suffix, options, words in [("", windows, ""), ("-default-calibration", windows[:2], ", its default calibration")]:
+    smooth = ["--smooth"]
+    cases = [("", windows, ""), ("-smooth", windows + smooth, ""), ("-default-calibration", windows[:2] + smooth, ", its default calibration")]
+    for suffix, options, words in cases:
         probe_name = f"prismaquant-probe{suffix}"
         store = ["--work", str(arguments.out / probe_name / "work"), *options]
         probe = Row(probe_name, tool, f"probe{words}", [[program, "probe", str(arguments.source), *store]], ours=True,
                     leaves="preparation")
         rows.append(probe)
         for budget in budgets:
-            formats = {"": []} if suffix else {"": [], "-mxfp8": ["--formats", "nvfp4,mxfp8,bf16"]}
+            formats = {"": []} | ({"-mxfp8": ["--formats", "nvfp4,mxfp8,bf16"]} if suffix == "-smooth" else {})
             for kind, format_options in formats.items():
                 name = f"prismaquant-{budget:g}{suffix}{kind}"
                 command = [program, "quantize", str(arguments.source), str(arguments.out / name / "checkpoint"), *store,
                            "--bpp", str(budget), *format_options, "--no-eval"]
-                settings = " ".join([f"--bpp {budget:g}", *format_options]) + words
+                settings = " ".join([f"--bpp {budget:g}", *(smooth if smooth[0] in options else []), *format_options]) + words
                 rows.append(Row(name, tool, settings, [command], budget=budget, ours=True, needs=probe))
     return rows
 

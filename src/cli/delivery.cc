@@ -52,6 +52,7 @@ Result<Json> MakeRecord(Session& session, const Delivery& delivery) {
                  {"evaluation", nullptr}};
   if (smoothing != nullptr) record[kSmoothingKey] = SmoothingToJson(smoothing->exponents());
   if (!delivery.calibration.empty()) record["calibration"] = delivery.calibration;
+  if (delivery.validation) record["validation"] = delivery.validation->ToJson();
   for (const auto& [name, value] : plan.items()) {
     if (!record.contains(name)) record[name] = value;
   }

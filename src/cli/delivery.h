@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cli/session.h"
+#include "cli/validate.h"
 
 namespace prismaquant {
 
@@ -31,6 +32,7 @@ struct Delivery {
   PartLosses joint = {.text = -1};  // with the cross terms between units
   FormatChoice formats;
   RenderOptions render;
+  std::optional<Validation> validation;  // by which the plan was chosen
 };
 
 // Identifies a delivery: two with the same key give the same bytes.

@@ -2,11 +2,13 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "cli/delivery.h"
 #include "cli/tables.h"
+#include "cli/validate.h"
 #include "data/bundled_text.h"
 #include "export/exporter.h"
 
@@ -16,6 +18,7 @@ namespace {
 struct QuantizeFlags {
   std::string source, out, work, uniform, base_model, eval_text, json;
   int64_t eval_tokens = 8192;
+  int validate = 0;
   bool overwrite = false, no_eval = false;
   CalibrationFlags calibration;
   PlanFlags plan;
@@ -57,6 +60,7 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
   if (!flags.plan.preset.empty()) text += " --preset " + flags.plan.preset;
   if (flags.calibration.labels != "sampled") text += " --labels " + flags.calibration.labels;
   if (flags.calibration.precision != "auto") text += " --precision " + flags.calibration.precision;
+  if (flags.validate > 0) text += fmt::format(" --validate {}", flags.validate);
   if (flags.render.mode != "gptq") text += " --render " + flags.render.mode;
   if (flags.render.damping != GptqOptions().damping)
     text += fmt::format(" --damping {}", flags.render.damping);
@@ -64,18 +68,39 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
   return text;
 }
 
-Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
-  if (!flags.uniform.empty()) {
-    PlanFlags all = flags.plan;
-    all.formats = FormatNames();
-    PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/false));
-    PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(flags.uniform));
-    PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes,
-                        ExactFileBytes(session.model(), delivery.plan.choices));
-  } else {
-    PQ_ASSIGN_OR_RETURN(const Planner planner,
-                        session.MakePlanner(flags.plan, /*with_costs=*/true));
-    PQ_ASSIGN_OR_RETURN(ChosenPlan chosen, ChoosePlan(session, planner, flags.plan.budget));
+Status PlanUniform(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
+  PlanFlags all = flags.plan;
+  all.formats = FormatNames();
+  PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/false));
+  PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(flags.uniform));
+  PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes,
+                      ExactFileBytes(session.model(), delivery.plan.choices));
+  return {};
+}
+
+// Windows to measure the result on, and others to choose by.
+struct HeldOutText {
+  TokenWindows result, choice;
+};
+
+// `text`: to choose by, if plans are to be validated.
+Status Plan(const QuantizeFlags& flags, const TokenWindows& text, Session& session,
+            Delivery& delivery) {
+  std::optional<Planner> planner;
+  ChosenPlan chosen;
+  PQ_RETURN_IF_ERROR(session.Timed("allocate", [&]() -> Status {
+    if (!flags.uniform.empty()) return PlanUniform(flags, session, delivery);
+    PQ_ASSIGN_OR_RETURN(planner, session.MakePlanner(flags.plan, /*with_costs=*/true));
+    PQ_ASSIGN_OR_RETURN(chosen, ChoosePlan(session, *planner, flags.plan.budget));
+    return {};
+  }));
+  if (flags.validate > 0) {
+    PQ_ASSIGN_OR_RETURN(delivery.validation,
+                        Validate(session, *planner, chosen, flags.plan.budget.knee, delivery.render,
+                                 text, flags.validate));
+    chosen.plan = delivery.validation->points[delivery.validation->chosen].plan;
+  }
+  if (planner) {
     delivery.plan = std::move(chosen.plan);
     delivery.sweep = std::move(chosen.sweep);
     if (session.labels() == LabelRule::kSampled) delivery.predicted = delivery.plan.losses;
@@ -87,13 +112,38 @@ Status Plan(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
   return {};
 }
 
-Result<TokenWindows> HeldOut(const QuantizeFlags& flags, const Session& session) {
-  if (!flags.eval_text.empty()) {
-    return EvaluationWindows(flags.eval_text, session.tokenizer(), flags.eval_tokens,
-                             kEvaluationWindow);
+// The last tenth of the calibration text, if there is no text of its own: to measure on if nothing
+// is chosen by it, else each half for one.
+Result<HeldOutText> ReadHeldOut(const QuantizeFlags& flags, const Session& session) {
+  HeldOutText text;
+  const bool own = !flags.eval_text.empty();
+  const bool both = flags.validate > 0 && !own && !flags.no_eval;
+  if (own && !flags.no_eval) {
+    PQ_ASSIGN_OR_RETURN(text.result, EvaluationWindows(flags.eval_text, session.tokenizer(),
+                                                       flags.eval_tokens, kEvaluationWindow));
   }
-  return HeldOutWindows(flags.calibration.file, session.tokenizer(), session.checkpoint().folder(),
-                        session.model().config().vocab_size, flags.eval_tokens, kEvaluationWindow);
+  if (flags.validate == 0 && (own || flags.no_eval)) return text;
+  PQ_ASSIGN_OR_RETURN(
+      TokenWindows tail,
+      HeldOutWindows(flags.calibration.file, session.tokenizer(), session.checkpoint().folder(),
+                     session.model().config().vocab_size, (both ? 2 : 1) * flags.eval_tokens,
+                     kEvaluationWindow));
+  if (!both) {
+    (flags.validate > 0 ? text.choice : text.result) = std::move(tail);
+    return text;
+  }
+  const auto half = static_cast<std::ptrdiff_t>(tail.windows.size() / 2);
+  if (half == 0) {
+    return Status::InvalidInput(fmt::format(
+        "--validate: the last tenth of the calibration text has {} tokens, expected two windows of "
+        "{}; give an --eval-text",
+        tail.length() * tail.count(), kEvaluationWindow));
+  }
+  text.choice = {.windows = {tail.windows.begin() + half, tail.windows.end()},
+                 .fingerprint = tail.fingerprint + "/2"};
+  tail.windows.resize(static_cast<size_t>(half));
+  text.result = std::move(tail);
+  return text;
 }
 
 Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& session,
@@ -110,7 +160,7 @@ Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& ses
   const std::string name = CalibrationName(own ? flags.calibration.file : flags.eval_text);
   PQ_RETURN_IF_ERROR(
       RecordEvaluation(session, delivery, evaluation, own ? name + ", last tenth" : name));
-  PrintEvaluation(evaluation, delivery.predicted);
+  if (flags.json != "-") PrintEvaluation(evaluation, delivery.predicted);
   json["evaluation"] = evaluation.ToJson(delivery.predicted.text);
   return {};
 }
@@ -150,17 +200,19 @@ Status RunQuantize(const QuantizeFlags& flags) {
   }
   PQ_ASSIGN_OR_RETURN(const auto session, Session::Start(flags.source, work, flags.calibration));
   PQ_RETURN_IF_ERROR(ToBudget(flags.plan.budget, session->model(), session->labels()).status());
-  Calibration held_out;
-  if (!flags.no_eval) {
-    PQ_ASSIGN_OR_RETURN(held_out.text, HeldOut(flags, *session));
-    held_out.captions = session->held_out_captions();
-  }
+  PQ_ASSIGN_OR_RETURN(HeldOutText text, ReadHeldOut(flags, *session));
+  const Calibration held_out{.text = std::move(text.result),
+                             .captions = session->held_out_captions()};
   Delivery delivery{.out = flags.out,
                     .overwrite = flags.overwrite,
                     .base_model = flags.base_model,
                     .command = ReproducingCommand(flags),
                     .calibration = CalibrationName(flags.calibration.file)};
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
+  if (flags.validate > 0 && session->labels() != LabelRule::kSampled) {
+    return Status::InvalidInput(
+        "--validate: with --labels data there is no predicted KL to compare with");
+  }
   if (flags.uniform.empty()) {
     const std::vector<std::string> formats = AdmittedFormats(flags.plan);
     const bool gptq = CostRounding(flags.plan) == Rounding::kGptq;
@@ -169,14 +221,16 @@ Status RunQuantize(const QuantizeFlags& flags) {
   } else {
     delivery.render.guided = false;
   }
-  PQ_RETURN_IF_ERROR(session->Timed("allocate", [&] { return Plan(flags, *session, delivery); }));
+  PQ_RETURN_IF_ERROR(Plan(flags, text.choice, *session, delivery));
   if (flags.json != "-" && flags.uniform.empty()) {
     PrintPlan(delivery.plan, delivery.sweep, session->labels());
   } else if (flags.json != "-") {
     PrintUniform(delivery.plan);
   }
+  if (flags.json != "-" && delivery.validation) PrintValidation(*delivery.validation);
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));
   Json json = PlanToJson(delivery.plan, delivery.sweep);
+  if (delivery.validation) json["validation"] = delivery.validation->ToJson();
   if (flags.json != "-") PQ_RETURN_IF_ERROR(PrintResult(*session, delivery));
   if (!flags.no_eval) PQ_RETURN_IF_ERROR(Measure(held_out, flags, *session, delivery, json));
   if (flags.json != "-") PrintTimes(session->times());
@@ -202,6 +256,12 @@ Command AddQuantizeCommand(CLI::App& app) {
           "Give every Linear this format; needs no probe, so GPTQ weights all tokens alike")
       ->check(CLI::IsMember(FormatNames()));
   flags->render.Register(*command);
+  command
+      ->add_option("--validate", flags->validate,
+                   "Render this many plans, measure their KL on the last tenth of the calibration "
+                   "text, and choose by it")
+      ->check(CLI::Range(1, 64))
+      ->excludes("--uniform");
   command->add_option("--eval-text", flags->eval_text,
                       "Held-out text (default: the last tenth of the calibration text)");
   command->add_option("--eval-tokens", flags->eval_tokens, "Held-out tokens")

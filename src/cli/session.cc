@@ -259,9 +259,14 @@ LabelRule Session::labels() const {
 Status Session::Timed(const std::string& stage, const std::function<Status()>& body) {
   const auto start = std::chrono::steady_clock::now();
   PQ_RETURN_IF_ERROR(body());
-  times_.push_back(
-      {.stage = stage,
-       .seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()});
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  const auto known = std::find_if(times_.begin(), times_.end(),
+                                  [&](const StageTime& time) { return time.stage == stage; });
+  if (known == times_.end()) {
+    times_.push_back({.stage = stage, .seconds = taken.count()});
+  } else {
+    known->seconds += taken.count();
+  }
   return {};
 }
 

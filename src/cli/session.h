@@ -107,7 +107,7 @@ class Session {
   // Which Linears are allocated, and among which formats.
   UnitRules Rules(const PlanFlags& flags) const;
   Status Render(const FormatChoice& formats, const RenderOptions& options, const std::string& key);
-  // Runs `body` and remembers how long it took.
+  // Runs `body` and adds the time it took to the stage's.
   Status Timed(const std::string& stage, const std::function<Status()>& body);
 
  private:

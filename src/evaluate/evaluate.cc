@@ -3,86 +3,17 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
-#include <algorithm>
 #include <cmath>
 #include <memory>
-#include <numeric>
 #include <utility>
 
 #include "base/progress.h"
 #include "evaluate/forward.h"
+#include "evaluate/score.h"
 #include "formats/torch_guard.h"
 
 namespace prismaquant {
 namespace {
-
-constexpr int64_t kBlockElements = 8'000'000;  // float32 logits held per model
-
-at::Tensor WindowIds(const std::vector<int32_t>& window) {
-  return at::tensor(std::vector<int64_t>(window.begin(), window.end()));
-}
-
-// Sums over the scored positions of one sequence.
-struct Sums {
-  double kl = 0, nll_source = 0, nll = 0;
-  int64_t agree = 0, right_source = 0, right = 0, positions = 0;
-
-  void Add(const Sums& other) {
-    kl += other.kl;
-    nll_source += other.nll_source;
-    nll += other.nll;
-    agree += other.agree;
-    right_source += other.right_source;
-    right += other.right;
-    positions += other.positions;
-  }
-  double Mean(double sum) const { return sum / static_cast<double>(positions); }
-  double Share(int64_t count) const { return Mean(static_cast<double>(count)); }
-};
-
-at::Tensor LogProbs(const OutputHead& head, const at::Tensor& hidden) {
-  return at::log_softmax(head.Logits(hidden).to(at::kFloat), -1);
-}
-
-// Scores the predictions of ids[first_label ..]; hidden states [tokens, hidden_size].
-Sums ScoreSequence(const OutputHead& source_head, const OutputHead& head,
-                   const at::Tensor& source_hidden, const at::Tensor& hidden,
-                   const std::vector<int32_t>& ids, int64_t first_label, TokenLogProbs& log_probs) {
-  Sums sums;
-  const at::Tensor next = WindowIds(ids).unsqueeze(1);
-  const auto end = static_cast<int64_t>(ids.size()) - 1;
-  const int64_t block = std::clamp<int64_t>(kBlockElements / head.vocab_size(), 1, 512);
-  for (int64_t first = first_label - 1; first < end; first += block) {
-    const int64_t count = std::min(block, end - first);
-    const at::Tensor p = LogProbs(source_head, source_hidden.narrow(0, first, count));
-    const at::Tensor q = LogProbs(head, hidden.narrow(0, first, count));
-    const at::Tensor label = next.narrow(0, first + 1, count);
-    sums.kl += (p.exp() * (p - q)).sum(-1).sum(at::kDouble).item<double>();
-    const at::Tensor token_p = p.gather(1, label).squeeze(1).to(at::kDouble);
-    const at::Tensor token_q = q.gather(1, label).squeeze(1).to(at::kDouble);
-    sums.nll_source -= token_p.sum().item<double>();
-    sums.nll -= token_q.sum().item<double>();
-    const at::Tensor best_p = p.argmax(-1), best_q = q.argmax(-1), right = label.squeeze(1);
-    sums.agree += best_p.eq(best_q).sum().item<int64_t>();
-    sums.right_source += best_p.eq(right).sum().item<int64_t>();
-    sums.right += best_q.eq(right).sum().item<int64_t>();
-    log_probs.source.insert(log_probs.source.end(), token_p.data_ptr<double>(),
-                            token_p.data_ptr<double>() + count);
-    log_probs.quantized.insert(log_probs.quantized.end(), token_q.data_ptr<double>(),
-                               token_q.data_ptr<double>() + count);
-  }
-  sums.positions = end - first_label + 1;
-  return sums;
-}
-
-double StandardError(const std::vector<double>& means) {
-  if (means.size() < 2) return 0;
-  const auto n = static_cast<double>(means.size());
-  const double mean = std::accumulate(means.begin(), means.end(), 0.0) / n;
-  double squares = 0;
-  for (const double m : means) squares += (m - mean) * (m - mean);
-  return std::sqrt(squares / (n - 1) / n);
-}
 
 Status RequireComparable(const Model& source, const Model& quantized) {
   const auto refuse = [&](const char* what, int64_t expected, int64_t found) {
@@ -135,15 +66,18 @@ class Comparison {
 
   Result<Evaluation> Run() {
     const at::NoGradGuard no_grad;
+    const LayerLinears source_linears = StoredLinears(source_, compute_);
+    const LayerLinears linears = StoredLinears(quantized_, compute_);
     PQ_ASSIGN_OR_RETURN(const Sequences sequences, Sequences::Make(source_, data_, compute_));
     PQ_ASSIGN_OR_RETURN(const Sequences quantized_sequences,
                         Sequences::Make(quantized_, data_, compute_));
-    PQ_ASSIGN_OR_RETURN(source_outputs_,
-                        RunBody(source_, data_, sequences, compute_, "evaluate, source"));
-    PQ_ASSIGN_OR_RETURN(
-        outputs_, RunBody(quantized_, data_, quantized_sequences, compute_, "evaluate, quantized"));
-    PQ_ASSIGN_OR_RETURN(const auto source_projection, LoadStoredProjection(source_, compute_));
-    PQ_ASSIGN_OR_RETURN(const auto projection, LoadStoredProjection(quantized_, compute_));
+    PQ_ASSIGN_OR_RETURN(source_outputs_, RunBody(source_, source_linears, data_, sequences,
+                                                 compute_, "evaluate, source"));
+    PQ_ASSIGN_OR_RETURN(outputs_, RunBody(quantized_, linears, data_, quantized_sequences, compute_,
+                                          "evaluate, quantized"));
+    PQ_ASSIGN_OR_RETURN(const auto source_projection,
+                        LoadProjection(source_, source_linears, compute_));
+    PQ_ASSIGN_OR_RETURN(const auto projection, LoadProjection(quantized_, linears, compute_));
     PQ_ASSIGN_OR_RETURN(source_head_, source_.LoadHead(Part::kText, compute_, source_projection));
     PQ_ASSIGN_OR_RETURN(head_, quantized_.LoadHead(Part::kText, compute_, projection));
     ScoreTexts();
@@ -164,20 +98,20 @@ class Comparison {
   }
 
  private:
-  Sums Score(int64_t sequence, int64_t first_label, TokenLogProbs& log_probs) const {
+  ScoreSums Score(int64_t sequence, int64_t first_label, TokenLogProbs& log_probs) const {
     const auto n = static_cast<size_t>(sequence);
     return ScoreSequence(*source_head_, *head_, source_outputs_.hidden[n][0], outputs_.hidden[n][0],
                          data_.ids(sequence), first_label, log_probs);
   }
 
   void ScoreTexts() {
-    Sums total;
+    ScoreSums total;
     std::vector<double> means;
     Progress progress("evaluate, logits", data_.text.count(), "windows");
     for (int64_t n = 0; n < data_.text.count(); ++n) {
       TokenLogProbs& log_probs = result_.log_probs.emplace_back();
       log_probs.ids = data_.ids(n);
-      const Sums sums = Score(n, 1, log_probs);
+      const ScoreSums sums = Score(n, 1, log_probs);
       means.push_back(sums.Mean(sums.kl));
       total.Add(sums);
       progress.Advance();
@@ -191,11 +125,11 @@ class Comparison {
   }
 
   void ScoreCaptions() {
-    Sums total;
+    ScoreSums total;
     std::vector<double> means;
     for (int64_t n = data_.text.count(); n < data_.count(); ++n) {
       TokenLogProbs unused;
-      const Sums sums = Score(n, data_.caption(n).first_label, unused);
+      const ScoreSums sums = Score(n, data_.caption(n).first_label, unused);
       means.push_back(sums.Mean(sums.kl));
       total.Add(sums);
     }

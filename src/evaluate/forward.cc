@@ -12,14 +12,14 @@ namespace {
 
 // `hidden` per sequence of the part, replaced by the output of its last layer. `routing`, if not
 // null, gets the experts of the first `texts` sequences.
-Status RunPart(const Model& model, const PartLayers& part, const Sequences& sequences,
-               const ComputeOptions& compute, const std::string& title,
+Status RunPart(const Model& model, const PartLayers& part, const LayerLinears& linears_of,
+               const Sequences& sequences, const ComputeOptions& compute, const std::string& title,
                std::vector<at::Tensor>& hidden, int64_t texts, std::vector<at::Tensor>* routing) {
   const int64_t first = sequences.Range(part.part).first;
   Progress progress(title, part.end - part.first, "layers");
   for (int layer = part.first; layer < part.end; ++layer) {
     PQ_ASSIGN_OR_RETURN(const auto block, model.LoadLayer(layer, compute));
-    PQ_ASSIGN_OR_RETURN(const auto linears, QuantizedLinears::Load(model, layer, compute));
+    PQ_ASSIGN_OR_RETURN(const auto linears, linears_of(layer));
     model.checkpoint().WillNeed(model.LayerTensors(layer + 1));
     std::vector<at::Tensor> experts;
     for (size_t i = 0; i < hidden.size(); ++i) {
@@ -45,7 +45,16 @@ class TiedProjection : public LinearRunner {
 
 }  // namespace
 
-Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const Sequences& sequences,
+LayerLinears StoredLinears(const Model& model, const ComputeOptions& compute) {
+  return [&model, compute](int layer) -> Result<std::shared_ptr<LinearRunner>> {
+    PQ_ASSIGN_OR_RETURN(std::unique_ptr<QuantizedLinears> linears,
+                        QuantizedLinears::Load(model, layer, compute));
+    return std::shared_ptr<LinearRunner>(std::move(linears));
+  };
+}
+
+Result<BodyOutputs> RunBody(const Model& model, const LayerLinears& linears,
+                            const Calibration& data, const Sequences& sequences,
                             const ComputeOptions& compute, const std::string& title) {
   std::vector<at::Tensor> images;
   const SequenceRange captions = sequences.Range(Part::kVision);
@@ -54,7 +63,7 @@ Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const S
     images.push_back(std::move(patches));
   }
   if (!images.empty()) {
-    PQ_RETURN_IF_ERROR(RunPart(model, *model.FindPart(Part::kVision), sequences, compute,
+    PQ_RETURN_IF_ERROR(RunPart(model, *model.FindPart(Part::kVision), linears, sequences, compute,
                                title + ", vision", images, 0, nullptr));
   }
   BodyOutputs outputs;
@@ -64,18 +73,15 @@ Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const S
     PQ_ASSIGN_OR_RETURN(at::Tensor embedded, sequences.Input(Part::kText, n, image));
     outputs.hidden.push_back(std::move(embedded));
   }
-  PQ_RETURN_IF_ERROR(RunPart(model, *model.FindPart(Part::kText), sequences, compute, title,
-                             outputs.hidden, data.text.count(), &outputs.routing));
+  PQ_RETURN_IF_ERROR(RunPart(model, *model.FindPart(Part::kText), linears, sequences, compute,
+                             title, outputs.hidden, data.text.count(), &outputs.routing));
   return outputs;
 }
 
-Result<std::shared_ptr<LinearRunner>> LoadStoredProjection(const Model& model,
-                                                           const ComputeOptions& compute) {
-  if (const PartLayers* head = model.FindPart(Part::kHead)) {
-    PQ_ASSIGN_OR_RETURN(std::unique_ptr<QuantizedLinears> linears,
-                        QuantizedLinears::Load(model, head->first, compute));
-    return std::shared_ptr<LinearRunner>(std::move(linears));
-  }
+Result<std::shared_ptr<LinearRunner>> LoadProjection(const Model& model,
+                                                     const LayerLinears& linears,
+                                                     const ComputeOptions& compute) {
+  if (const PartLayers* head = model.FindPart(Part::kHead)) return linears(head->first);
   PQ_ASSIGN_OR_RETURN(std::unique_ptr<OutputHead> tied, model.LoadHead(Part::kText, compute));
   return std::shared_ptr<LinearRunner>(std::make_shared<TiedProjection>(std::move(tied)));
 }

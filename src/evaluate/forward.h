@@ -1,11 +1,12 @@
 #ifndef PRISMAQUANT_EVALUATE_FORWARD_H_
 #define PRISMAQUANT_EVALUATE_FORWARD_H_
 
-// The forward pass of any checkpoint over all evaluation sequences, layers streamed, Linears
-// multiplied as the checkpoint says.
+// The forward pass of a model over all evaluation sequences, layers streamed, Linears multiplied as
+// its checkpoint says or as something else does.
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,14 +23,21 @@ struct BodyOutputs {
   std::vector<at::Tensor> routing;
 };
 
+// What multiplies the Linears of a layer.
+using LayerLinears = std::function<Result<std::shared_ptr<LinearRunner>>(int layer)>;
+// As the model's checkpoint stores them. The model must outlive it.
+LayerLinears StoredLinears(const Model& model, const ComputeOptions& compute);
+
 // The vision tower, if there are captions, and the body.
-Result<BodyOutputs> RunBody(const Model& model, const Calibration& data, const Sequences& sequences,
+Result<BodyOutputs> RunBody(const Model& model, const LayerLinears& linears,
+                            const Calibration& data, const Sequences& sequences,
                             const ComputeOptions& compute, const std::string& title);
 
-// The output projection as the checkpoint stores it, for the heads of the body and of the MTP head
-// alike; the embedding table if it is tied.
-Result<std::shared_ptr<LinearRunner>> LoadStoredProjection(const Model& model,
-                                                           const ComputeOptions& compute);
+// The output projection, for the heads of the body and of the MTP head alike; the embedding table
+// if it is tied.
+Result<std::shared_ptr<LinearRunner>> LoadProjection(const Model& model,
+                                                     const LayerLinears& linears,
+                                                     const ComputeOptions& compute);
 
 }  // namespace prismaquant
 

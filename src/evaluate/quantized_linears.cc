@@ -67,10 +67,11 @@ Result<LinearTensors> FindLinearTensors(const Checkpoint& checkpoint, const Line
 }
 
 Result<std::unique_ptr<QuantizedLinears>> QuantizedLinears::Load(const Model& model, int layer,
-                                                                 const ComputeOptions& compute) {
+                                                                 const ComputeOptions& compute,
+                                                                 const TensorsOf& tensors_of) {
   auto result = std::make_unique<QuantizedLinears>();
   for (const LinearInfo& linear : model.LayerLinears(layer)) {
-    PQ_ASSIGN_OR_RETURN(LinearTensors stored, FindLinearTensors(model.checkpoint(), linear));
+    PQ_ASSIGN_OR_RETURN(LinearTensors stored, tensors_of(linear));
     PQ_ASSIGN_OR_RETURN(const at::Tensor bias, model.LoadBias(linear));
     Entry& entry = result->entries_[linear.name];
     entry.format = stored.format;
@@ -81,6 +82,13 @@ Result<std::unique_ptr<QuantizedLinears>> QuantizedLinears::Load(const Model& mo
     }
   }
   return result;
+}
+
+Result<std::unique_ptr<QuantizedLinears>> QuantizedLinears::Load(const Model& model, int layer,
+                                                                 const ComputeOptions& compute) {
+  return Load(model, layer, compute, [&](const LinearInfo& linear) {
+    return FindLinearTensors(model.checkpoint(), linear);
+  });
 }
 
 at::Tensor QuantizedLinears::Apply(const LinearInfo& linear, const at::Tensor& x) {

@@ -1,12 +1,14 @@
 #ifndef PRISMAQUANT_EVALUATE_QUANTIZED_LINEARS_H_
 #define PRISMAQUANT_EVALUATE_QUANTIZED_LINEARS_H_
 
-// QuantizedLinears: multiplies the Linears of one layer of any checkpoint as the checkpoint says:
-// weights decoded from the stored bytes, activations quantized by the format found there. A plain
-// checkpoint is the case in which every Linear is in the source format. One thread.
+// QuantizedLinears: multiplies the Linears of one layer as their stored tensors say: weights
+// decoded from the bytes, activations quantized by the format found there. The tensors are a
+// checkpoint's, of which a plain one is the case that every Linear is in the source format, or such
+// as are yet to be written. One thread.
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -18,9 +20,20 @@
 
 namespace prismaquant {
 
+// The stored tensors of a Linear (bias left out), and the format they are in.
+struct LinearTensors {
+  const Format* format = nullptr;
+  StoredTensors tensors;
+};
+
 class QuantizedLinears : public LinearRunner {
  public:
-  // Reads and decodes all Linears of `layer` of `model`.
+  using TensorsOf = std::function<Result<LinearTensors>(const LinearInfo&)>;
+  // Decodes all Linears of `layer` of `model`; biases are the model's.
+  static Result<std::unique_ptr<QuantizedLinears>> Load(const Model& model, int layer,
+                                                        const ComputeOptions& compute,
+                                                        const TensorsOf& tensors_of);
+  // As the model's checkpoint stores them.
   static Result<std::unique_ptr<QuantizedLinears>> Load(const Model& model, int layer,
                                                         const ComputeOptions& compute);
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override;
@@ -37,12 +50,8 @@ class QuantizedLinears : public LinearRunner {
   at::Tensor last_input_, last_scale_, last_quantized_;
 };
 
-// The stored tensors "<linear>.*" of a checkpoint that belong to a format (bias left out), mapped
-// without copying, and the format they are in. kInvalidInput if none fits.
-struct LinearTensors {
-  const Format* format = nullptr;
-  StoredTensors tensors;
-};
+// The tensors "<linear>.*" of a checkpoint, mapped without copying. kInvalidInput if they fit no
+// format.
 Result<LinearTensors> FindLinearTensors(const Checkpoint& checkpoint, const LinearInfo& linear);
 
 }  // namespace prismaquant

@@ -35,7 +35,8 @@ Status DumpMtp(const Model& model, const Calibration& data, const Sequences& seq
   const int layer = model.FindPart(Part::kMtp)->first;
   PQ_ASSIGN_OR_RETURN(const auto block, model.LoadLayer(layer, compute));
   PQ_ASSIGN_OR_RETURN(const auto linears, QuantizedLinears::Load(model, layer, compute));
-  PQ_ASSIGN_OR_RETURN(const auto projection, LoadStoredProjection(model, compute));
+  PQ_ASSIGN_OR_RETURN(const auto projection,
+                      LoadProjection(model, StoredLinears(model, compute), compute));
   PQ_ASSIGN_OR_RETURN(const auto head, model.LoadHead(Part::kMtp, compute, projection));
   for (int64_t n = 0; n < data.text.count(); ++n) {
     PQ_ASSIGN_OR_RETURN(const at::Tensor input,
@@ -59,9 +60,10 @@ Status Dump(const std::vector<std::string>& arguments) {
   ComputeOptions compute;
   PQ_ASSIGN_OR_RETURN(compute.dtype, ParseComputeType(arguments[3]));
   PQ_ASSIGN_OR_RETURN(const Sequences sequences, Sequences::Make(*model, data, compute));
+  const LayerLinears linears = StoredLinears(*model, compute);
   PQ_ASSIGN_OR_RETURN(const BodyOutputs outputs,
-                      RunBody(*model, data, sequences, compute, "forward"));
-  PQ_ASSIGN_OR_RETURN(const auto projection, LoadStoredProjection(*model, compute));
+                      RunBody(*model, linears, data, sequences, compute, "forward"));
+  PQ_ASSIGN_OR_RETURN(const auto projection, LoadProjection(*model, linears, compute));
   PQ_ASSIGN_OR_RETURN(const auto head, model->LoadHead(Part::kText, compute, projection));
   NamedTensors out;
   for (int64_t n = 0; n < data.count(); ++n) {

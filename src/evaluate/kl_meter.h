@@ -1,0 +1,52 @@
+#ifndef PRISMAQUANT_EVALUATE_KL_METER_H_
+#define PRISMAQUANT_EVALUATE_KL_METER_H_
+
+// KlMeter: the KL of several candidates from one source on one text. The source runs once; its
+// hidden states stay in memory, [tokens, hidden_size] per window. One thread.
+
+#include <memory>
+#include <vector>
+
+#include "base/status.h"
+#include "data/calibration.h"
+#include "evaluate/forward.h"
+#include "model/model.h"
+
+namespace prismaquant {
+
+// KL(source || candidate), nats per token; the standard error is that over the windows' means.
+struct MeasuredKl {
+  double kl = 0, kl_stderr = 0;
+  int64_t tokens = 0;
+};
+
+class KlMeter {
+ public:
+  // `source` must outlive the meter. kInvalidInput if the windows have fewer than two tokens.
+  static Result<std::unique_ptr<KlMeter>> Make(const Model& source, TokenWindows text,
+                                               const ComputeOptions& compute);
+  // Of `model`, which differs from the source by its weights alone, with its Linears multiplied so.
+  // `title` heads the progress.
+  Result<MeasuredKl> Measure(const Model& model, const LayerLinears& linears,
+                             const std::string& title) const;
+
+ private:
+  struct Outputs {
+    std::vector<at::Tensor> hidden;
+    std::unique_ptr<OutputHead> head;
+  };
+  KlMeter(TokenWindows text, const ComputeOptions& compute) : compute_(compute) {
+    data_.text = std::move(text);
+  }
+  Result<Outputs> Run(const Model& model, const LayerLinears& linears,
+                      const std::string& title) const;
+  MeasuredKl Compare(const Outputs& outputs) const;
+
+  Calibration data_;
+  ComputeOptions compute_;
+  Outputs source_;
+};
+
+}  // namespace prismaquant
+
+#endif  // PRISMAQUANT_EVALUATE_KL_METER_H_
