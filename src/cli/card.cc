@@ -58,6 +58,7 @@ Result<std::string> MakeCard(const Session& session, const Delivery& delivery,
       ModelCard::Calibration{delivery.calibration, run.at("labels"), std::stoll(run.at("samples")),
                              std::stoll(run.at("tokens")), std::stoull(run.at("seed"))};
   card.rendering = delivery.render.mode == RenderMode::kGptq ? "gptq" : "rtn";
+  card.smoothed = session.model().smoothing() != nullptr;
   card.command = delivery.command;
   return RenderModelCard(card);
 }

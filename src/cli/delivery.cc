@@ -99,6 +99,7 @@ std::string DeliveryKey(const Session& session, const Delivery& delivery) {
                {"base_model", delivery.base_model},
                {"plan", PlanToJson(delivery.plan, delivery.sweep)},
                {"command", delivery.command}};
+  if (delivery.validation) json["validation"] = delivery.validation->ToJson();
   return Sha256Hex(json.dump());
 }
 

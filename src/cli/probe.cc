@@ -18,6 +18,7 @@ struct ProbeFlags {
 Status RunProbeCommand(const ProbeFlags& flags) {
   PQ_ASSIGN_OR_RETURN(const auto session,
                       Session::Start(flags.source, flags.work, flags.calibration));
+  PQ_RETURN_IF_ERROR(session->Smooth());
   std::vector<std::string> gptq_formats;
   if (flags.cost_render == "gptq") {
     gptq_formats = flags.formats.empty() ? AdmittedFormats({}) : flags.formats;

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -26,6 +27,7 @@ struct QuantizeFlags {
 };
 
 constexpr int64_t kEvaluationWindow = 512;
+constexpr int64_t kValidationTokens = 8192;  // that plans are chosen by
 
 // The command line that makes the same checkpoint, without paths of this machine.
 std::string ReproducingCommand(const QuantizeFlags& flags) {
@@ -112,37 +114,41 @@ Status Plan(const QuantizeFlags& flags, const TokenWindows& text, Session& sessi
   return {};
 }
 
-// The last tenth of the calibration text, if there is no text of its own: to measure on if nothing
-// is chosen by it, else each half for one.
+Result<TokenWindows> LastTenth(const QuantizeFlags& flags, const Session& session, int64_t tokens) {
+  return HeldOutWindows(flags.calibration.file, session.tokenizer(), session.checkpoint().folder(),
+                        session.model().config().vocab_size, tokens, kEvaluationWindow);
+}
+
+// The windows of [begin, end) of a text.
+TokenWindows Cut(const TokenWindows& text, int64_t begin, int64_t end) {
+  return {.windows = {text.windows.begin() + begin, text.windows.begin() + end},
+          .fingerprint = fmt::format("{}/{}-{}", text.fingerprint, begin, end)};
+}
+
+// Without --eval-text both come from the last tenth of the calibration text, but not from the same
+// half. What plans are chosen by does not depend on what the result is measured on.
 Result<HeldOutText> ReadHeldOut(const QuantizeFlags& flags, const Session& session) {
   HeldOutText text;
-  const bool own = !flags.eval_text.empty();
-  const bool both = flags.validate > 0 && !own && !flags.no_eval;
-  if (own && !flags.no_eval) {
+  int64_t spared = std::numeric_limits<int64_t>::max();
+  if (flags.validate > 0) {
+    PQ_ASSIGN_OR_RETURN(const TokenWindows tail, LastTenth(flags, session, 2 * kValidationTokens));
+    if (tail.count() < 2) {
+      return Status::InvalidInput(fmt::format(
+          "--validate: the last tenth of the calibration text has {} windows of {} tokens, "
+          "expected at least 2",
+          tail.count(), kEvaluationWindow));
+    }
+    spared = tail.count() / 2;
+    text.choice = Cut(tail, spared, tail.count());
+  }
+  if (flags.no_eval) return text;
+  if (!flags.eval_text.empty()) {
     PQ_ASSIGN_OR_RETURN(text.result, EvaluationWindows(flags.eval_text, session.tokenizer(),
                                                        flags.eval_tokens, kEvaluationWindow));
-  }
-  if (flags.validate == 0 && (own || flags.no_eval)) return text;
-  PQ_ASSIGN_OR_RETURN(
-      TokenWindows tail,
-      HeldOutWindows(flags.calibration.file, session.tokenizer(), session.checkpoint().folder(),
-                     session.model().config().vocab_size, (both ? 2 : 1) * flags.eval_tokens,
-                     kEvaluationWindow));
-  if (!both) {
-    (flags.validate > 0 ? text.choice : text.result) = std::move(tail);
     return text;
   }
-  const auto half = static_cast<std::ptrdiff_t>(tail.windows.size() / 2);
-  if (half == 0) {
-    return Status::InvalidInput(fmt::format(
-        "--validate: the last tenth of the calibration text has {} tokens, expected two windows of "
-        "{}; give an --eval-text",
-        tail.length() * tail.count(), kEvaluationWindow));
-  }
-  text.choice = {.windows = {tail.windows.begin() + half, tail.windows.end()},
-                 .fingerprint = tail.fingerprint + "/2"};
-  tail.windows.resize(static_cast<size_t>(half));
-  text.result = std::move(tail);
+  PQ_ASSIGN_OR_RETURN(text.result, LastTenth(flags, session, flags.eval_tokens));
+  if (text.result.count() > spared) text.result = Cut(text.result, 0, spared);
   return text;
 }
 
@@ -213,6 +219,7 @@ Status RunQuantize(const QuantizeFlags& flags) {
     return Status::InvalidInput(
         "--validate: with --labels data there is no predicted KL to compare with");
   }
+  PQ_RETURN_IF_ERROR(session->Smooth());
   if (flags.uniform.empty()) {
     const std::vector<std::string> formats = AdmittedFormats(flags.plan);
     const bool gptq = CostRounding(flags.plan) == Rounding::kGptq;

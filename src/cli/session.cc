@@ -215,7 +215,6 @@ Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& sou
   PQ_RETURN_IF_ERROR(StoreCalibration(*session->store_, calibration));
   PQ_RETURN_IF_ERROR(
       session->store_->PutNote(kSourceNote, std::filesystem::absolute(source).string()));
-  PQ_RETURN_IF_ERROR(session->Smooth());
   return session;
 }
 

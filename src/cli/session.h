@@ -76,8 +76,8 @@ at::ScalarType ComputeType(const std::string& precision, DType source);
 
 class Session {
  public:
-  // Opens source, tokenizer and calibration, binds the store at `work` to them, and measures the
-  // smoothing if it is asked for.
+  // Opens source, tokenizer and calibration, and binds the store at `work` to them. What is to be
+  // smoothed is not yet.
   static Result<std::unique_ptr<Session>> Start(const std::filesystem::path& source,
                                                 const std::filesystem::path& work,
                                                 const CalibrationFlags& flags);
@@ -97,8 +97,10 @@ class Session {
   const ComputeOptions& compute() const { return compute_; }
   const std::vector<StageTime>& times() const { return times_; }
 
-  // The stages. Each reuses what the store holds. The probe prices the default formats and these,
+  // The stages. Each reuses what the store holds. Smooth comes first; it does nothing to a run that
+  // is not to be smoothed. The probe prices the default formats and these,
   // and, rounded by GPTQ, `gptq_formats`.
+  Status Smooth();
   Status Probe(const std::vector<std::string>& formats,
                const std::vector<std::string>& gptq_formats);
   // Units by the flags; `choices`, if not null, gives every one of their Linears its format.
@@ -114,8 +116,6 @@ class Session {
   Session() = default;
   Status OpenSource(const std::filesystem::path& source);
   Status ReadCalibration(const CalibrationFlags& flags);
-  // Has the model smoothed if the run is to be, by what the store holds or a pass that fills it.
-  Status Smooth();
   // Bytes of the checkpoint's files outside these units.
   Result<int64_t> FixedBytes(const std::vector<UnitCosts>& units) const;
 

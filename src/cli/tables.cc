@@ -28,7 +28,8 @@ void PrintBudget(const PlannedAllocation& plan) {
   }
   if (plan.budget.kind == Budget::Kind::kMaxKl) {
     fmt::print("        objective at most {}: {}\n", plan.budget.max_kl,
-               plan.bytes_bound == plan.bytes
+               plan.bytes_bound == 0 ? "by measurement"
+               : plan.bytes_bound == plan.bytes
                    ? "proven smallest"
                    : fmt::format("{} larger than the smallest at most",
                                  FormatBytes(plan.bytes - plan.bytes_bound)));

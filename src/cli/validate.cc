@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <map>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "evaluate/kl_meter.h"
@@ -12,6 +15,9 @@
 
 namespace prismaquant {
 namespace {
+
+// No plan is larger.
+constexpr double kAnyBpp = 64;
 
 // The Linears of a model as the store holds them rendered.
 LayerLinears RenderedLinears(const Model& model, const FormatChoice& formats, const RunStore& store,
@@ -72,31 +78,14 @@ class Validator {
     return {};
   }
 
-  const std::vector<ValidatedPlan>& points() const { return points_; }
-
-  // By size, with the one that `choose` gives the index of; its rendering alone stays.
-  template <class Choose>
-  Result<Validation> Finish(const Choose& choose) {
-    Validation validation{.points = std::move(points_)};
-    std::stable_sort(
-        validation.points.begin(), validation.points.end(),
-        [](const auto& a, const auto& b) { return a.plan.file_bytes < b.plan.file_bytes; });
-    double logarithm = 0, count = 0;
-    for (const ValidatedPlan& point : validation.points) {
-      if (!(point.kl > 0) || !(point.plan.losses.text > 0)) continue;
-      logarithm += std::log(point.kl / point.plan.losses.text);
-      ++count;
-    }
-    if (count > 0) validation.ratio = std::exp(logarithm / count);
-    PQ_ASSIGN_OR_RETURN(validation.chosen, choose(validation.points));
-    for (size_t i = 0; i < validation.points.size(); ++i) {
-      if (i == validation.chosen) continue;
-      PQ_ASSIGN_OR_RETURN(const FormatChoice formats,
-                          ToFormats(session_.model(), validation.points[i].plan.choices));
-      PQ_RETURN_IF_ERROR(DropRendering(session_.store(), RenderKey(formats, options_)));
-    }
-    return validation;
+  // Frees the store of a point's rendering.
+  Status Drop(const ValidatedPlan& point) {
+    PQ_ASSIGN_OR_RETURN(const FormatChoice formats,
+                        ToFormats(session_.model(), point.plan.choices));
+    return DropRendering(session_.store(), RenderKey(formats, options_));
   }
+
+  const std::vector<ValidatedPlan>& points() const { return points_; }
 
  private:
   Result<MeasuredKl> Measure(const FormatChoice& formats, const std::string& key) {
@@ -126,33 +115,78 @@ class Validator {
   std::vector<ValidatedPlan> points_;
 };
 
-// The smallest plan whose measured KL is within the limit.
+// The points by size; `choose` gives the index of one of them.
+template <class Choose>
+Validation Conclude(std::vector<ValidatedPlan> points, const Choose& choose) {
+  Validation validation{.points = std::move(points)};
+  std::stable_sort(
+      validation.points.begin(), validation.points.end(),
+      [](const auto& a, const auto& b) { return a.plan.file_bytes < b.plan.file_bytes; });
+  double logarithm = 0, count = 0;
+  for (const ValidatedPlan& point : validation.points) {
+    if (!(point.kl > 0) || !(point.plan.losses.text > 0)) continue;
+    logarithm += std::log(point.kl / point.plan.losses.text);
+    ++count;
+  }
+  if (count > 0) validation.ratio = std::exp(logarithm / count);
+  validation.chosen = choose(validation.points);
+  return validation;
+}
+
+size_t IndexOf(const std::vector<ValidatedPlan>& points,
+               const std::map<std::string, std::string>& choices) {
+  size_t i = 0;
+  while (points[i].plan.choices != choices) ++i;
+  return i;
+}
+
+// The plan that would hold the limit if the KL of all were as much above or below the prediction as
+// the last one's; the one that loses least if none would.
+Result<PlannedAllocation> NextPlan(const Planner& planner, const Budget& limit,
+                                   const ValidatedPlan& last) {
+  Budget aim = limit;
+  aim.max_kl = limit.max_kl * last.plan.cost / last.kl;
+  Result<PlannedAllocation> next = planner.Plan(aim);
+  if (!next.ok() && next.status().code() == StatusCode::kUnmet) {
+    next = planner.Plan({.kind = Budget::Kind::kBpp, .bpp = kAnyBpp});
+  }
+  PQ_RETURN_IF_ERROR(next.status());
+  PlannedAllocation plan = std::move(next).value();
+  plan.budget = limit;
+  plan.slack = 0;
+  plan.bytes_bound = 0;
+  return plan;
+}
+
 Result<Validation> HoldLimit(Validator& validator, const Planner& planner,
                              const PlannedAllocation& first, int attempts) {
   const Budget limit = first.budget;
-  Budget aim = limit;
+  std::optional<ValidatedPlan> best;
+  double least = std::numeric_limits<double>::infinity();
   PlannedAllocation plan = first;
   for (int attempt = 0; attempt < attempts; ++attempt) {
     const size_t before = validator.points().size();
     PQ_RETURN_IF_ERROR(validator.Add(plan));
     if (validator.points().size() == before) break;
-    const ValidatedPlan& last = validator.points().back();
-    if (!(last.kl > 0) || !(last.plan.losses.text > 0)) break;
-    aim.max_kl = limit.max_kl * last.plan.losses.text / last.kl;
-    Result<PlannedAllocation> next = planner.Plan(aim);
-    if (!next.ok()) break;
-    plan = std::move(next).value();
-    plan.budget = limit;
-  }
-  return validator.Finish([&](const std::vector<ValidatedPlan>& points) -> Result<size_t> {
-    double least = points.front().kl;
-    for (size_t i = 0; i < points.size(); ++i) {
-      if (points[i].kl <= limit.max_kl) return i;
-      least = std::min(least, points[i].kl);
+    const ValidatedPlan last = validator.points().back();
+    least = std::min(least, last.kl);
+    const bool better =
+        last.kl <= limit.max_kl && (!best || last.plan.file_bytes < best->plan.file_bytes);
+    if (!better) {
+      PQ_RETURN_IF_ERROR(validator.Drop(last));
+    } else {
+      if (best) PQ_RETURN_IF_ERROR(validator.Drop(*best));
+      best = last;
     }
-    return Status::Unmet(fmt::format(
-        "--max-kl {}: the least KL of {} measured plans is {:.5f}; raise --validate or --max-kl",
-        limit.max_kl, points.size(), least));
+    if (!(last.kl > 0) || !(last.plan.cost > 0)) break;
+    PQ_ASSIGN_OR_RETURN(plan, NextPlan(planner, limit, last));
+  }
+  if (!best) {
+    return Status::Unmet(fmt::format("--max-kl {}: the least KL of {} measured plans is {:.5f}",
+                                     limit.max_kl, validator.points().size(), least));
+  }
+  return Conclude(validator.points(), [&](const std::vector<ValidatedPlan>& points) {
+    return IndexOf(points, best->plan.choices);
   });
 }
 
@@ -205,19 +239,16 @@ Result<Validation> Validate(Session& session, const Planner& planner, const Chos
   }
   PQ_RETURN_IF_ERROR(validator.Add(chosen.plan));
   for (const PlannedAllocation* point : ByDistance(chosen)) {
-    if (static_cast<int>(validator.points().size()) < count) {
-      PQ_RETURN_IF_ERROR(validator.Add(*point));
+    const size_t before = validator.points().size();
+    if (static_cast<int>(before) == count) break;
+    PQ_RETURN_IF_ERROR(validator.Add(*point));
+    if (validator.points().size() > before) {
+      PQ_RETURN_IF_ERROR(validator.Drop(validator.points().back()));
     }
   }
-  return validator.Finish([&](const std::vector<ValidatedPlan>& points) -> Result<size_t> {
-    size_t own = 0;
-    while (points[own].plan.choices != chosen.plan.choices) ++own;
-    if (knee) return KneeOfMeasured(points, own);
-    size_t best = own;
-    for (size_t i = 0; i < own; ++i) {
-      if (points[i].kl < points[best].kl) best = i;
-    }
-    return best;
+  return Conclude(validator.points(), [&](const std::vector<ValidatedPlan>& points) {
+    const size_t own = IndexOf(points, chosen.plan.choices);
+    return knee ? KneeOfMeasured(points, own) : own;
   });
 }
 

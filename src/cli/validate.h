@@ -1,16 +1,15 @@
 #ifndef PRISMAQUANT_CLI_VALIDATE_H_
 #define PRISMAQUANT_CLI_VALIDATE_H_
 
-// Validation: plans are rendered into the run store and their KL is measured on held-out text as
-// they would be served, before any checkpoint is written. It shows how far predictions come true,
-// and chooses by what was measured:
-// - --max-kl: the smallest plan that holds the limit. The first is the one that is predicted to;
-//   each next one is planned for the limit over what the last one's measured KL was to its
-//   prediction.
-// - --knee: the knee of the measured points.
-// - any other budget: of the points that are not larger, the one of the least KL.
-// The chosen rendering stays for the export. A measured point is noted in the store and not
-// measured again.
+// Validation: plans are rendered into the run store and their KL on text is measured as they would
+// be served, before any checkpoint is written. It shows how far predictions come true, and:
+// - --max-kl: chooses the smallest plan that holds the limit. The first is the one that is
+//   predicted to; each next one is planned for the limit over what the last one's measured KL was
+//   to its objective.
+// - --knee: chooses the knee of the measured points.
+// - any other budget: its own plan stays.
+// A rendering that may yet be chosen stays for the export, the others are dropped. A measured point
+// is noted in the store and not measured again.
 
 #include <string>
 #include <vector>
@@ -36,8 +35,8 @@ struct Validation {
   Json ToJson() const;
 };
 
-// Measures `count` plans: the budget's own and those of the sweep that are nearest to it (for
-// --max-kl up to `count` attempts). kUnmet if no attempt holds --max-kl.
+// Measures up to `count` plans: for --max-kl one attempt after another, else the budget's own and
+// those of the sweep that are nearest to it. kUnmet if no attempt holds --max-kl.
 Result<Validation> Validate(Session& session, const Planner& planner, const ChosenPlan& chosen,
                             bool knee, const RenderOptions& options, const TokenWindows& text,
                             int count);

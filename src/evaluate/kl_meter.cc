@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include <cmath>
 #include <utility>
 
 #include "evaluate/score.h"
@@ -10,31 +11,46 @@
 
 namespace prismaquant {
 
-Result<KlMeter::Outputs> KlMeter::Run(const Model& model, const LayerLinears& linears,
-                                      const std::string& title) const {
-  const at::NoGradGuard no_grad;
-  PQ_ASSIGN_OR_RETURN(const Sequences sequences, Sequences::Make(model, data_, compute_));
-  Outputs outputs;
-  PQ_ASSIGN_OR_RETURN(BodyOutputs body, RunBody(model, linears, data_, sequences, compute_, title));
-  outputs.hidden = std::move(body.hidden);
-  PQ_ASSIGN_OR_RETURN(const auto projection, LoadProjection(model, linears, compute_));
-  PQ_ASSIGN_OR_RETURN(outputs.head, model.LoadHead(Part::kText, compute_, projection));
-  return outputs;
+namespace {
+
+Result<std::unique_ptr<OutputHead>> LoadStoredHead(const Model& model, const LayerLinears& linears,
+                                                   const ComputeOptions& compute) {
+  PQ_ASSIGN_OR_RETURN(const auto projection, LoadProjection(model, linears, compute));
+  return model.LoadHead(Part::kText, compute, projection);
 }
 
-MeasuredKl KlMeter::Compare(const Outputs& outputs) const {
+}  // namespace
+
+Result<std::vector<at::Tensor>> KlMeter::Run(const Model& model, const LayerLinears& linears,
+                                             const std::string& title) const {
   const at::NoGradGuard no_grad;
+  PQ_ASSIGN_OR_RETURN(const Sequences sequences, Sequences::Make(model, data_, compute_));
+  PQ_ASSIGN_OR_RETURN(BodyOutputs body, RunBody(model, linears, data_, sequences, compute_, title));
+  return std::move(body.hidden);
+}
+
+Result<MeasuredKl> KlMeter::Compare(const Model& model, const LayerLinears& linears,
+                                    const std::vector<at::Tensor>& hidden) const {
+  const at::NoGradGuard no_grad;
+  PQ_ASSIGN_OR_RETURN(const auto source_head,
+                      LoadStoredHead(source_, StoredLinears(source_, compute_), compute_));
+  PQ_ASSIGN_OR_RETURN(const auto head, LoadStoredHead(model, linears, compute_));
   ScoreSums total;
   std::vector<double> means;
   for (int64_t n = 0; n < data_.text.count(); ++n) {
     const auto i = static_cast<size_t>(n);
     TokenLogProbs unused;
-    const ScoreSums sums = ScoreSequence(*source_.head, *outputs.head, source_.hidden[i][0],
-                                         outputs.hidden[i][0], data_.ids(n), 1, unused);
+    const ScoreSums sums = ScoreSequence(*source_head, *head, source_hidden_[i][0], hidden[i][0],
+                                         data_.ids(n), 1, unused);
     means.push_back(sums.Mean(sums.kl));
     total.Add(sums);
   }
-  return {.kl = total.Mean(total.kl), .kl_stderr = StandardError(means), .tokens = total.positions};
+  if (!std::isfinite(total.kl)) {
+    return Status::InvalidInput(fmt::format("{}: the KL of a plan is not finite on held-out text",
+                                            source_.checkpoint().folder().string()));
+  }
+  return MeasuredKl{
+      .kl = total.Mean(total.kl), .kl_stderr = StandardError(means), .tokens = total.positions};
 }
 
 Result<std::unique_ptr<KlMeter>> KlMeter::Make(const Model& source, TokenWindows text,
@@ -44,9 +60,9 @@ Result<std::unique_ptr<KlMeter>> KlMeter::Make(const Model& source, TokenWindows
         fmt::format("windows to measure on: {} of {} tokens, expected at least one of at least 2",
                     text.count(), text.length()));
   }
-  std::unique_ptr<KlMeter> meter(new KlMeter(std::move(text), compute));
+  std::unique_ptr<KlMeter> meter(new KlMeter(source, std::move(text), compute));
   PQ_RETURN_IF_ERROR(GuardTorch("measuring the source", [&]() -> Status {
-    PQ_ASSIGN_OR_RETURN(meter->source_,
+    PQ_ASSIGN_OR_RETURN(meter->source_hidden_,
                         meter->Run(source, StoredLinears(source, compute), "validate, source"));
     return {};
   }));
@@ -57,8 +73,8 @@ Result<MeasuredKl> KlMeter::Measure(const Model& model, const LayerLinears& line
                                     const std::string& title) const {
   MeasuredKl measured;
   PQ_RETURN_IF_ERROR(GuardTorch("measuring", [&]() -> Status {
-    PQ_ASSIGN_OR_RETURN(const Outputs outputs, Run(model, linears, title));
-    measured = Compare(outputs);
+    PQ_ASSIGN_OR_RETURN(const std::vector<at::Tensor> hidden, Run(model, linears, title));
+    PQ_ASSIGN_OR_RETURN(measured, Compare(model, linears, hidden));
     return {};
   }));
   return measured;

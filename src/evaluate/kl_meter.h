@@ -26,25 +26,25 @@ class KlMeter {
   static Result<std::unique_ptr<KlMeter>> Make(const Model& source, TokenWindows text,
                                                const ComputeOptions& compute);
   // Of `model`, which differs from the source by its weights alone, with its Linears multiplied so.
-  // `title` heads the progress.
+  // `title` heads the progress. kInvalidInput if its logits are not finite.
   Result<MeasuredKl> Measure(const Model& model, const LayerLinears& linears,
                              const std::string& title) const;
 
  private:
-  struct Outputs {
-    std::vector<at::Tensor> hidden;
-    std::unique_ptr<OutputHead> head;
-  };
-  KlMeter(TokenWindows text, const ComputeOptions& compute) : compute_(compute) {
+  KlMeter(const Model& source, TokenWindows text, const ComputeOptions& compute)
+      : source_(source), compute_(compute) {
     data_.text = std::move(text);
   }
-  Result<Outputs> Run(const Model& model, const LayerLinears& linears,
-                      const std::string& title) const;
-  MeasuredKl Compare(const Outputs& outputs) const;
+  // Hidden states before the final norm, per window.
+  Result<std::vector<at::Tensor>> Run(const Model& model, const LayerLinears& linears,
+                                      const std::string& title) const;
+  Result<MeasuredKl> Compare(const Model& model, const LayerLinears& linears,
+                             const std::vector<at::Tensor>& hidden) const;
 
+  const Model& source_;
   Calibration data_;
   ComputeOptions compute_;
-  Outputs source_;
+  std::vector<at::Tensor> source_hidden_;
 };
 
 }  // namespace prismaquant

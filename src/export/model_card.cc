@@ -151,11 +151,13 @@ std::string PrecisionMix(const ModelCard& card) {
   std::string text =
       "## Precision\n\n| part | format | Linears | weights | bytes |\n|---|---|---:|---:|---:|\n";
   for (const auto& [part, content] : card.summary.parts) text += PartRows(part, content);
+  text += card.smoothed
+              ? "\nChannels were scaled by powers of two between norms and Linears "
+                "(prismaquant.json: smoothing); of the rest, what is unquantized is the source's"
+              : "\nWhat is unquantized is the source's";
   return text +
-         "\nWhat is unquantized is the source's, bit for bit; so are the tokenizer, the chat "
-         "template "
-         "and the processor settings. Modules that vLLM fuses share one format and their global "
-         "scales.\n\n";
+         ", bit for bit; so are the tokenizer, the chat template and the processor settings. "
+         "Modules that vLLM fuses share one format and their global scales.\n\n";
 }
 
 std::string SignedBytes(int64_t difference) {

@@ -53,7 +53,8 @@ struct ModelCard {
   std::optional<Measurement> measured;
   std::optional<Calibration> calibration;
   std::string rendering;  // "gptq" or "rtn"
-  std::string command;    // that reproduces the checkpoint; none if empty
+  bool smoothed = false;
+  std::string command;  // that reproduces the checkpoint; none if empty
 };
 
 std::string RenderModelCard(const ModelCard& card);

@@ -41,9 +41,9 @@ Result<std::map<std::string, StoredLinear>> ReadStoredLinears(const Model& model
 // - the index states the tensors' bytes, and no *.safetensors file lies beside it;
 // - given the source: every tensor is the source's bit for bit (smoothed, if prismaquant.json
 // beside
-//   the checkpoint says so), or an expert's slice of one, or
-//   belongs to a quantized Linear of the source, none of the source's is missing, config.json
-//   differs by quantization_config alone and copied files are equal.
+//   the checkpoint says so), or an expert's slice of one, or belongs to a quantized Linear of the
+//   source, none of the source's is missing, config.json differs by quantization_config alone and
+//   copied files are equal.
 // kUnmet names the first violation.
 Status VerifyCheckpoint(const Checkpoint& out, const Checkpoint* source);
 

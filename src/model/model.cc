@@ -157,31 +157,36 @@ Result<at::Tensor> Model::LoadWeight(const LinearInfo& linear) const {
   at::Tensor weight = TensorFromView(view);
   if (packed) weight = weight[linear.packed.expert].narrow(0, linear.packed.row, linear.out);
   PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, tensor, weight));
-  if (smoothing_ == nullptr) return weight;
+  if (smoothing_ == nullptr || !smoothing_->Changes(tensor)) return weight;
   weight = smoothing_->Weight(linear.name, weight);
-  if (at::isfinite(weight).all().item<bool>()) return weight;
-  return Status::InvalidInput(fmt::format("{}: tensor {} is too large for {} when smoothed",
-                                          checkpoint_->folder().string(), tensor,
-                                          DTypeName(linear.dtype)));
+  PQ_RETURN_IF_ERROR(
+      checkpoint_tensors::RequireFinite(*checkpoint_, tensor + ", smoothed,", weight));
+  return weight;
 }
 
 Result<at::Tensor> Model::LoadBias(const LinearInfo& linear) const {
   if (!linear.has_bias) return at::Tensor();
   PQ_ASSIGN_OR_RETURN(const at::Tensor bias,
                       checkpoint_tensors::Map(*checkpoint_, linear.name + ".bias"));
-  return smoothing_ == nullptr ? bias : smoothing_->Bias(linear.name, bias);
+  if (smoothing_ == nullptr) return bias;
+  const at::Tensor smoothed = smoothing_->Bias(linear.name, bias);
+  PQ_RETURN_IF_ERROR(
+      checkpoint_tensors::RequireFinite(*checkpoint_, linear.name + ".bias, smoothed,", smoothed));
+  return smoothed;
 }
 
 Result<at::Tensor> Model::LoadTensor(const std::string& name) const {
   PQ_ASSIGN_OR_RETURN(const at::Tensor stored, checkpoint_tensors::Map(*checkpoint_, name));
   if (smoothing_ == nullptr || !smoothing_->Changes(name)) return stored;
   if (const at::Tensor* parameter = smoothing_->Parameter(name)) return *parameter;
-  at::Tensor packed;
-  for (const LinearInfo& linear : linears_) {
-    if (linear.name + ".weight" == name) return LoadWeight(linear);
-    if (linear.name + ".bias" == name) return LoadBias(linear);
-    if (linear.packed.tensor != name) continue;
-    if (!packed.defined()) packed = stored.clone();
+  const std::vector<size_t>& owners = smoothing_->Owners(name);
+  const LinearInfo& first = linears_[owners.front()];
+  if (first.packed.tensor != name) {
+    return name == first.name + ".bias" ? LoadBias(first) : LoadWeight(first);
+  }
+  at::Tensor packed = stored.clone();
+  for (const size_t owner : owners) {
+    const LinearInfo& linear = linears_[owner];
     PQ_ASSIGN_OR_RETURN(const at::Tensor slice, LoadWeight(linear));
     packed[linear.packed.expert].narrow(0, linear.packed.row, linear.out).copy_(slice);
   }

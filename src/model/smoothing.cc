@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include <cstdlib>
+#include <set>
 #include <utility>
 
 #include "model/checkpoint_tensors.h"
@@ -25,15 +26,17 @@ Result<SmoothedNorm> DivideNorm(const Checkpoint& checkpoint, const SmoothingSit
   for (const std::string& name : site.norm) {
     PQ_ASSIGN_OR_RETURN(const at::Tensor stored, checkpoint_tensors::Map(checkpoint, name));
     const at::Tensor wide = stored.to(at::kFloat);
-    if (!site.plus_one) {
-      smoothed.tensors[name] = (wide / factors).to(stored.scalar_type());
-      continue;
+    at::Tensor& tensor = smoothed.tensors[name];
+    if (site.plus_one) {
+      const at::Tensor divided = ((1 + wide) / factors - 1).to(stored.scalar_type());
+      const at::Tensor gain = 1 + divided.to(at::kFloat);
+      const at::Tensor scaled = at::logical_and(gain != 0, factors != 1);
+      tensor = at::where(scaled, divided, stored);
+      smoothed.factors = at::where(scaled, (1 + wide) / gain, at::ones_like(wide));
+    } else {
+      tensor = (wide / factors).to(stored.scalar_type());
     }
-    const at::Tensor divided = ((1 + wide) / factors - 1).to(stored.scalar_type());
-    const at::Tensor gain = 1 + divided.to(at::kFloat);
-    const at::Tensor scaled = at::logical_and(gain != 0, factors != 1);
-    smoothed.tensors[name] = at::where(scaled, divided, stored);
-    smoothed.factors = at::where(scaled, (1 + wide) / gain, at::ones_like(wide));
+    PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(checkpoint, name + ", smoothed,", tensor));
   }
   return smoothed;
 }
@@ -61,12 +64,13 @@ Result<SmoothingExponents> ParseSmoothing(const Json& json, const std::string& o
   SmoothingExponents exponents;
   for (const auto& [site, letters] : json.items()) {
     if (!letters.is_string()) return malformed(fmt::format("{} at {}", letters.type_name(), site));
+    std::vector<int8_t>& values = exponents[site];
     for (const char letter : letters.get<std::string>()) {
       const int value = letter - kZero;
       if (std::abs(value) > kLargestSmoothingExponent) {
         return malformed(fmt::format("byte {} at {}", static_cast<int>(letter), site));
       }
-      exponents[site].push_back(static_cast<int8_t>(value));
+      values.push_back(static_cast<int8_t>(value));
     }
   }
   return exponents;
@@ -129,13 +133,14 @@ Result<std::shared_ptr<const Smoothing>> Smoothing::Make(const Model& model,
     return Status::InvalidInput(
         fmt::format("smoothing of {}: the model has no channels of that name", site));
   }
-  for (const auto& [name, tensor] : smoothing->parameters_) smoothing->changed_.insert(name);
-  for (const LinearInfo& linear : model.linears()) {
+  for (const auto& [name, tensor] : smoothing->parameters_) smoothing->changed_[name] = {};
+  for (size_t i = 0; i < model.linears().size(); ++i) {
+    const LinearInfo& linear = model.linears()[i];
     const bool divided = smoothing->rows_.count(linear.name) > 0;
     if (!divided && smoothing->columns_.count(linear.name) == 0) continue;
-    smoothing->changed_.insert(linear.packed.tensor.empty() ? linear.name + ".weight"
-                                                            : linear.packed.tensor);
-    if (divided && linear.has_bias) smoothing->changed_.insert(linear.name + ".bias");
+    const std::string& packed = linear.packed.tensor;
+    smoothing->changed_[packed.empty() ? linear.name + ".weight" : packed].push_back(i);
+    if (divided && linear.has_bias) smoothing->changed_[linear.name + ".bias"].push_back(i);
   }
   smoothing->exponents_ = std::move(exponents);
   return std::shared_ptr<const Smoothing>(smoothing);

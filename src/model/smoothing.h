@@ -6,9 +6,9 @@
 // where it is made, by a norm or by the rows of the Linear before, and the columns of the Linears
 // that read it are multiplied by it: the model's function stays.
 //
-// Factors are powers of two, so that no bit of a weight is lost. Only of a norm that multiplies by
-// 1 + w can w not be divided exactly: its rounded value is stored, and the columns take the factor
-// that it has then, rounded to their own dtype.
+// Factors are powers of two, so that no bit of a weight is lost (in F16 those of the very small
+// are). Only of a norm that multiplies by 1 + w can w not be divided exactly: its rounded value is
+// stored, and the columns take the factor that it has then, rounded to their own dtype.
 //
 // Immutable and thread-safe.
 
@@ -17,7 +17,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -61,19 +60,21 @@ std::vector<int8_t> ChooseExponents(const at::Tensor& mean_square);
 
 class Smoothing {
  public:
-  // kInvalidInput if the model has no such site, or one of other width.
+  // kInvalidInput if the model has no such site, or one of other width, or a norm overflows.
   static Result<std::shared_ptr<const Smoothing>> Make(const Model& model,
                                                        SmoothingExponents exponents);
 
   const SmoothingExponents& exponents() const { return exponents_; }
-  // Of a weight [out, in] and bias [out] as stored, in the same dtype. A weight that overflows its
-  // dtype becomes infinite.
+  // Of a weight [out, in] and bias [out] as stored, in the same dtype. What overflows it becomes
+  // infinite.
   at::Tensor Weight(const std::string& linear, const at::Tensor& stored) const;
   at::Tensor Bias(const std::string& linear, const at::Tensor& stored) const;
   // Null if the tensor is no part of a smoothed norm.
   const at::Tensor* Parameter(const std::string& tensor) const;
   // Whether a tensor of the source is another one when smoothed.
   bool Changes(const std::string& tensor) const { return changed_.count(tensor) > 0; }
+  // Of a tensor that it changes: the Linears that it belongs to, as indices of the model's.
+  const std::vector<size_t>& Owners(const std::string& tensor) const { return changed_.at(tensor); }
 
  private:
   Status Add(const Model& model, const SmoothingSite& site, int64_t producer_rows,
@@ -82,7 +83,7 @@ class Smoothing {
   SmoothingExponents exponents_;
   std::map<std::string, at::Tensor> columns_, rows_;  // by Linear, float32 [in] and [out]
   std::map<std::string, at::Tensor> parameters_;
-  std::set<std::string> changed_;
+  std::map<std::string, std::vector<size_t>> changed_;
 };
 
 // A parameter of a checkpoint, smoothed unless `smoothing` is null; a copy, checked finite.

@@ -12,6 +12,7 @@
 #include "formats/torch_guard.h"
 #include "model/sequences.h"
 #include "probe/forward_pass.h"
+#include "round/input_moments.h"
 
 namespace prismaquant {
 namespace {
@@ -31,21 +32,23 @@ class SquaresRunner : public LinearRunner {
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override {
     if (observed_.count(linear.name) > 0 && x.numel() > 0) {
       const at::Tensor squares = x.reshape({-1, linear.in}).to(at::kFloat).square().sum(0);
-      at::Tensor& sum = sums_[linear.name];
+      auto& [sum, tokens] = sums_[linear.name];
       sum = sum.defined() ? sum + squares : squares.to(at::kDouble);
+      tokens += x.numel() / linear.in;
     }
     return Multiply(weights_, linear.name, x);
   }
-  // Float64 [in]; undefined for a Linear that no token reached.
+  // Float64 [in]; undefined for a Linear that too few tokens reached.
   at::Tensor sums(const std::string& linear) const {
     const auto found = sums_.find(linear);
-    return found == sums_.end() ? at::Tensor() : found->second;
+    const bool enough = found != sums_.end() && found->second.second >= kFewestInputs;
+    return enough ? found->second.first : at::Tensor();
   }
 
  private:
   const LayerWeights& weights_;
   std::set<std::string> observed_;
-  std::map<std::string, at::Tensor> sums_;
+  std::map<std::string, std::pair<at::Tensor, int64_t>> sums_;  // with the tokens in each
 };
 
 class SmoothingPass {

@@ -3,7 +3,8 @@
 
 // The factors by which a model is smoothed, from one forward pass of the calibration sequences
 // through the source: of every channel that can be scaled the mean square is taken where its first
-// reader sees it, and ChooseExponents does the rest. Channels that no token reached are left alone.
+// reader sees it, and ChooseExponents does the rest. Channels that fewer than kFewestInputs tokens
+// reached are left alone.
 
 #include "base/status.h"
 #include "data/calibration.h"

@@ -22,9 +22,6 @@ namespace {
 
 // One sequence in this many is kept out of the Hessian and judges the result.
 constexpr int64_t kHeldOutEvery = 8;
-// An expert that saw fewer tokens is rounded to nearest with chosen scales: so few inputs say
-// little of those to come.
-constexpr int64_t kFewestTokens = 32;
 
 std::string LayerBlob(const std::string& key, int layer) {
   return fmt::format("render/{}/layer-{}", key, layer);
@@ -271,7 +268,8 @@ class Renderer {
       report["rendered"] = "rtn";
       return decoded;
     }
-    const bool scales_only = linear.is_expert && job.inputs.tokens() < kFewestTokens;
+    // An expert that saw few tokens is rounded to nearest with chosen scales.
+    const bool scales_only = linear.is_expert && job.inputs.tokens() < kFewestInputs;
     InputMoments train(linear.in), held_out(linear.in);
     if (scales_only) {
       train = train.WithNoise(at::ones({linear.in}));

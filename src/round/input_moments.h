@@ -18,6 +18,9 @@
 
 namespace prismaquant {
 
+// So few inputs say little of those to come.
+inline constexpr int64_t kFewestInputs = 32;
+
 // Of a rounded weight W + D, summed over the tokens.
 struct RoundingError {
   double weight = 0;  // tr(D H D^T): the squared error of the outputs for one and the same input

@@ -155,8 +155,8 @@ def contents(folder):
 def test_killed_run_goes_on_to_the_same_bytes(tmp_path):
     def command(name):
         # The folder's name stands in the card, so both runs write to a folder of the same name.
-        return ["quantize", SOURCE, tmp_path / name / "out", *COMMON, "--bpp", "5.5", "--eval-text", TEXT,
-                "--eval-tokens", "2048"]
+        return ["quantize", SOURCE, tmp_path / name / "out", *COMMON, "--bpp", "5.5", "--smooth", "--validate", "2",
+                "--eval-text", TEXT, "--eval-tokens", "2048"]
 
     (tmp_path / "whole").mkdir()
     begin = time.monotonic()

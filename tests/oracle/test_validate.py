@@ -13,7 +13,7 @@ PROGRAM = os.environ["PRISMAQUANT_BINARY"]
 def quantize(out, *options, expect=0):
     source = bundled_model()
     done = subprocess.run([PROGRAM, "quantize", source, out, "--calibration", source / "calibration.txt", "--samples", "3", "--tokens",
-                           "64", "--precision", "float32", "--eval-tokens", "1024", "--json", "-", *map(str, options)],
+                           "64", "--precision", "float32", "--json", "-", *map(str, options)],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == expect, done.stderr
     return json.loads(done.stdout) if expect == 0 else done.stderr
@@ -21,15 +21,15 @@ def quantize(out, *options, expect=0):
 
 @pytest.mark.parametrize("options", [(), ("--smooth",), ("--render", "rtn")])
 def test_the_checkpoint_has_the_measured_kl(options, tmp_path):
-    other = bundled_model() / "heldout.txt"
-    validated = quantize(tmp_path / "validated", "--bpp", "5", "--validate", "1", "--eval-text", other, *options)
-    plain = quantize(tmp_path / "plain", "--bpp", "5", *options)
-    assert validated["choices"] == plain["choices"]
+    validated = quantize(tmp_path / "out", "--bpp", "5", "--validate", "1", "--eval-tokens", "100000", *options)
     (point,) = validated["validation"]["points"]
-    # Both on the last tenth of the calibration text.
-    for key in ("kl", "kl_stderr"):
-        assert point[key] == pytest.approx(plain["evaluation"][key], rel=1e-4)
-    assert point["chosen"] and point["file_bytes"] == plain["file_bytes"]
+    assert point["chosen"] and point["file_bytes"] == validated["file_bytes"]
+    # The whole tail, of which the run measured the first half before and the second after.
+    whole = quantize(tmp_path / "whole", "--bpp", "5", "--eval-tokens", "16384", *options)
+    assert whole["choices"] == validated["choices"]
+    first, both = validated["evaluation"], whole["evaluation"]
+    second = (both["kl"] * both["tokens"] - first["kl"] * first["tokens"]) / (both["tokens"] - first["tokens"])
+    assert point["kl"] == pytest.approx(second, rel=1e-3)
     assert validated["validation"]["ratio"] == pytest.approx(point["kl"] / point["predicted_kl"])
 
 
@@ -57,8 +57,17 @@ def test_a_limit_is_held_by_measurement(tmp_path):
     smaller = [p for p in found["validation"]["points"] if p["file_bytes"] < chosen["file_bytes"]]
     assert all(p["kl"] > limit for p in smaller)
     assert chosen["file_bytes"] < sweep[3]["file_bytes"]
-    refused = quantize(tmp_path / "refused", "--max-kl", limit / 50, "--validate", "1", "--pin", ".*=nvfp4", "--work", work, expect=1)
-    assert "max-kl" in refused and not (tmp_path / "refused").exists()
+
+
+def test_a_limit_that_only_predictions_hold_is_refused(tmp_path):
+    """By the Fisher trace, which sees no activations, plans are predicted to lose far less than they do."""
+    options = ("--cost", "fisher-trace", "--no-eval", "--work", tmp_path / "work", "--formats", "nvfp4,fp8")
+    (point,) = quantize(tmp_path / "out", "--bpp", "8", "--validate", "1", *options)["validation"]["points"]
+    limit = (point["kl"] + point["predicted_kl"]) / 2
+    assert point["predicted_kl"] < limit
+    refused = quantize(tmp_path / "refused", "--max-kl", limit, "--validate", "1", *options, expect=1)
+    assert "1 measured plans" in refused and not (tmp_path / "refused").exists()
+    assert not list((tmp_path / "work" / "render").glob("*/*"))
 
 
 def test_the_knee_is_that_of_measured_points(tmp_path):
