@@ -185,8 +185,8 @@ def our_rows(arguments: argparse.Namespace, budgets: list[float]) -> list[Row]:
     tool = f"PrismaQuant {subprocess.run([program, '--version'], capture_output=True, text=True, check=True).stdout.strip()}"
     windows = calibration_options(arguments)
     rows = []
-    smooth = ["--smooth"]
-    cases = [("", windows, ""), ("-smooth", windows + smooth, ""), ("-default-calibration", windows[:2] + smooth, ", its default calibration")]
+    cases = [("", windows, ""), ("-smooth", [*windows, "--smooth"], ""),
+             ("-default-calibration", [*windows[:2], "--smooth"], ", its default calibration")]
     for suffix, options, words in cases:
         probe_name = f"prismaquant-probe{suffix}"
         store = ["--work", str(arguments.out / probe_name / "work"), *options]
@@ -199,7 +199,7 @@ def our_rows(arguments: argparse.Namespace, budgets: list[float]) -> list[Row]:
                 name = f"prismaquant-{budget:g}{suffix}{kind}"
                 command = [program, "quantize", str(arguments.source), str(arguments.out / name / "checkpoint"), *store,
                            "--bpp", str(budget), *format_options, "--no-eval"]
-                settings = " ".join([f"--bpp {budget:g}", *(smooth if smooth[0] in options else []), *format_options]) + words
+                settings = " ".join([f"--bpp {budget:g}", *(option for option in options if option == "--smooth"), *format_options]) + words
                 rows.append(Row(name, tool, settings, [command], budget=budget, ours=True, needs=probe))
     return rows
 

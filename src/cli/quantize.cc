@@ -1,7 +1,7 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <filesystem>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -129,7 +129,7 @@ TokenWindows Cut(const TokenWindows& text, int64_t begin, int64_t end) {
 // half. What plans are chosen by does not depend on what the result is measured on.
 Result<HeldOutText> ReadHeldOut(const QuantizeFlags& flags, const Session& session) {
   HeldOutText text;
-  int64_t spared = std::numeric_limits<int64_t>::max();
+  const bool own = !flags.no_eval && flags.eval_text.empty();
   if (flags.validate > 0) {
     PQ_ASSIGN_OR_RETURN(const TokenWindows tail, LastTenth(flags, session, 2 * kValidationTokens));
     if (tail.count() < 2) {
@@ -138,17 +138,16 @@ Result<HeldOutText> ReadHeldOut(const QuantizeFlags& flags, const Session& sessi
           "expected at least 2",
           tail.count(), kEvaluationWindow));
     }
-    spared = tail.count() / 2;
-    text.choice = Cut(tail, spared, tail.count());
+    const int64_t half = tail.count() / 2;
+    text.choice = Cut(tail, half, tail.count());
+    if (own) text.result = Cut(tail, 0, std::min(half, flags.eval_tokens / kEvaluationWindow));
+  } else if (own) {
+    PQ_ASSIGN_OR_RETURN(text.result, LastTenth(flags, session, flags.eval_tokens));
   }
-  if (flags.no_eval) return text;
-  if (!flags.eval_text.empty()) {
+  if (!flags.eval_text.empty() && !flags.no_eval) {
     PQ_ASSIGN_OR_RETURN(text.result, EvaluationWindows(flags.eval_text, session.tokenizer(),
                                                        flags.eval_tokens, kEvaluationWindow));
-    return text;
   }
-  PQ_ASSIGN_OR_RETURN(text.result, LastTenth(flags, session, flags.eval_tokens));
-  if (text.result.count() > spared) text.result = Cut(text.result, 0, spared);
   return text;
 }
 

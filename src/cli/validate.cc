@@ -5,12 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <map>
 #include <memory>
 #include <optional>
 #include <utility>
 
-#include "evaluate/kl_meter.h"
 #include "evaluate/quantized_linears.h"
 
 namespace prismaquant {
@@ -52,37 +50,31 @@ class Validator {
   Validator(Session& session, const RenderOptions& options, const TokenWindows& text)
       : session_(session), options_(options), text_(text) {}
 
-  // Adds the plan with its measured KL, unless it is among the points already.
-  Status Add(const PlannedAllocation& plan) {
+  // Adds the plan with its measured KL. False if it is among the points already.
+  Result<bool> Add(const PlannedAllocation& plan) {
     for (const ValidatedPlan& point : points_) {
-      if (point.plan.choices == plan.choices) return {};
+      if (point.plan.choices == plan.choices) return false;
     }
     PQ_ASSIGN_OR_RETURN(const FormatChoice formats, ToFormats(session_.model(), plan.choices));
-    const std::string key = RenderKey(formats, options_);
-    ValidatedPlan point{.plan = plan};
-    PQ_ASSIGN_OR_RETURN(point.plan.file_bytes, ExactFileBytes(session_.model(), plan.choices));
-    const std::string note = fmt::format("validation/{}/{}", key, text_.fingerprint);
+    ValidatedPlan point{.plan = plan, .rendering = RenderKey(formats, options_), .measured = {}};
+    MeasuredKl& measured = point.measured;
+    const std::string note = fmt::format("validation/{}/{}", point.rendering, text_.fingerprint);
     PQ_ASSIGN_OR_RETURN(const auto noted, session_.store().Note(note));
     if (!noted) {
-      PQ_ASSIGN_OR_RETURN(const MeasuredKl measured, Measure(formats, key));
-      point.kl = measured.kl;
-      point.kl_stderr = measured.kl_stderr;
-      const Json json = {{"kl", point.kl}, {"kl_stderr", point.kl_stderr}};
+      PQ_ASSIGN_OR_RETURN(measured, Measure(formats, point.rendering));
+      const Json json = {{"kl", measured.kl}, {"kl_stderr", measured.kl_stderr}};
       PQ_RETURN_IF_ERROR(session_.store().PutNote(note, json.dump()));
     } else {
       PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(*noted, note));
-      point.kl = json["kl"].get<double>();
-      point.kl_stderr = json["kl_stderr"].get<double>();
+      measured = {.kl = json["kl"].get<double>(), .kl_stderr = json["kl_stderr"].get<double>()};
     }
     points_.push_back(std::move(point));
-    return {};
+    return true;
   }
 
   // Frees the store of a point's rendering.
   Status Drop(const ValidatedPlan& point) {
-    PQ_ASSIGN_OR_RETURN(const FormatChoice formats,
-                        ToFormats(session_.model(), point.plan.choices));
-    return DropRendering(session_.store(), RenderKey(formats, options_));
+    return DropRendering(session_.store(), point.rendering);
   }
 
   const std::vector<ValidatedPlan>& points() const { return points_; }
@@ -115,37 +107,34 @@ class Validator {
   std::vector<ValidatedPlan> points_;
 };
 
-// The points by size; `choose` gives the index of one of them.
-template <class Choose>
-Validation Conclude(std::vector<ValidatedPlan> points, const Choose& choose) {
+// The points by size, none of them chosen yet.
+Validation Sorted(std::vector<ValidatedPlan> points) {
   Validation validation{.points = std::move(points)};
   std::stable_sort(
       validation.points.begin(), validation.points.end(),
       [](const auto& a, const auto& b) { return a.plan.file_bytes < b.plan.file_bytes; });
   double logarithm = 0, count = 0;
   for (const ValidatedPlan& point : validation.points) {
-    if (!(point.kl > 0) || !(point.plan.losses.text > 0)) continue;
-    logarithm += std::log(point.kl / point.plan.losses.text);
+    if (!(point.measured.kl > 0) || !(point.plan.losses.text > 0)) continue;
+    logarithm += std::log(point.measured.kl / point.plan.losses.text);
     ++count;
   }
   if (count > 0) validation.ratio = std::exp(logarithm / count);
-  validation.chosen = choose(validation.points);
   return validation;
 }
 
-size_t IndexOf(const std::vector<ValidatedPlan>& points,
-               const std::map<std::string, std::string>& choices) {
+size_t IndexOf(const std::vector<ValidatedPlan>& points, const PlannedAllocation& plan) {
   size_t i = 0;
-  while (points[i].plan.choices != choices) ++i;
+  while (points[i].plan.choices != plan.choices) ++i;
   return i;
 }
 
 // The plan that would hold the limit if the KL of all were as much above or below the prediction as
 // the last one's; the one that loses least if none would.
-Result<PlannedAllocation> NextPlan(const Planner& planner, const Budget& limit,
+Result<PlannedAllocation> NextPlan(const Model& model, const Planner& planner, const Budget& limit,
                                    const ValidatedPlan& last) {
   Budget aim = limit;
-  aim.max_kl = limit.max_kl * last.plan.cost / last.kl;
+  aim.max_kl = limit.max_kl * last.plan.cost / last.measured.kl;
   Result<PlannedAllocation> next = planner.Plan(aim);
   if (!next.ok() && next.status().code() == StatusCode::kUnmet) {
     next = planner.Plan({.kind = Budget::Kind::kBpp, .bpp = kAnyBpp});
@@ -155,39 +144,40 @@ Result<PlannedAllocation> NextPlan(const Planner& planner, const Budget& limit,
   plan.budget = limit;
   plan.slack = 0;
   plan.bytes_bound = 0;
+  PQ_ASSIGN_OR_RETURN(plan.file_bytes, ExactFileBytes(model, plan.choices));
   return plan;
 }
 
-Result<Validation> HoldLimit(Validator& validator, const Planner& planner,
+Result<Validation> HoldLimit(Validator& validator, const Model& model, const Planner& planner,
                              const PlannedAllocation& first, int attempts) {
   const Budget limit = first.budget;
   std::optional<ValidatedPlan> best;
   double least = std::numeric_limits<double>::infinity();
   PlannedAllocation plan = first;
   for (int attempt = 0; attempt < attempts; ++attempt) {
-    const size_t before = validator.points().size();
-    PQ_RETURN_IF_ERROR(validator.Add(plan));
-    if (validator.points().size() == before) break;
+    PQ_ASSIGN_OR_RETURN(const bool fresh, validator.Add(plan));
+    if (!fresh) break;
     const ValidatedPlan last = validator.points().back();
-    least = std::min(least, last.kl);
+    const double kl = last.measured.kl;
+    least = std::min(least, kl);
     const bool better =
-        last.kl <= limit.max_kl && (!best || last.plan.file_bytes < best->plan.file_bytes);
+        kl <= limit.max_kl && (!best || last.plan.file_bytes < best->plan.file_bytes);
     if (!better) {
       PQ_RETURN_IF_ERROR(validator.Drop(last));
     } else {
       if (best) PQ_RETURN_IF_ERROR(validator.Drop(*best));
       best = last;
     }
-    if (!(last.kl > 0) || !(last.plan.cost > 0)) break;
-    PQ_ASSIGN_OR_RETURN(plan, NextPlan(planner, limit, last));
+    if (!(kl > 0) || !(last.plan.cost > 0)) break;
+    PQ_ASSIGN_OR_RETURN(plan, NextPlan(model, planner, limit, last));
   }
   if (!best) {
     return Status::Unmet(fmt::format("--max-kl {}: the least KL of {} measured plans is {:.5f}",
                                      limit.max_kl, validator.points().size(), least));
   }
-  return Conclude(validator.points(), [&](const std::vector<ValidatedPlan>& points) {
-    return IndexOf(points, best->plan.choices);
-  });
+  Validation validation = Sorted(validator.points());
+  validation.chosen = IndexOf(validation.points, best->plan);
+  return validation;
 }
 
 // The points of the sweep, nearest to the plan's size first.
@@ -209,7 +199,7 @@ size_t KneeOfMeasured(const std::vector<ValidatedPlan>& points, size_t otherwise
   for (const ValidatedPlan& point : points) {
     measured.push_back(point.plan);
     measured.back().feasible = true;
-    measured.back().cost = point.kl;
+    measured.back().cost = point.measured.kl;
   }
   const int knee = KneeOf(measured);
   return knee < 0 ? otherwise : static_cast<size_t>(knee);
@@ -223,8 +213,8 @@ Json Validation::ToJson() const {
     json["points"].push_back({{"bpp", points[i].plan.bpp},
                               {"file_bytes", points[i].plan.file_bytes},
                               {"predicted_kl", points[i].plan.losses.text},
-                              {"kl", points[i].kl},
-                              {"kl_stderr", points[i].kl_stderr},
+                              {"kl", points[i].measured.kl},
+                              {"kl_stderr", points[i].measured.kl_stderr},
                               {"chosen", i == chosen}});
   }
   return json;
@@ -235,21 +225,19 @@ Result<Validation> Validate(Session& session, const Planner& planner, const Chos
                             int count) {
   Validator validator(session, options, text);
   if (chosen.plan.budget.kind == Budget::Kind::kMaxKl) {
-    return HoldLimit(validator, planner, chosen.plan, count);
+    return HoldLimit(validator, session.model(), planner, chosen.plan, count);
   }
-  PQ_RETURN_IF_ERROR(validator.Add(chosen.plan));
+  PQ_RETURN_IF_ERROR(validator.Add(chosen.plan).status());
   for (const PlannedAllocation* point : ByDistance(chosen)) {
-    const size_t before = validator.points().size();
-    if (static_cast<int>(before) == count) break;
-    PQ_RETURN_IF_ERROR(validator.Add(*point));
-    if (validator.points().size() > before) {
-      PQ_RETURN_IF_ERROR(validator.Drop(validator.points().back()));
-    }
+    if (static_cast<int>(validator.points().size()) == count) break;
+    PQ_ASSIGN_OR_RETURN(const bool fresh, validator.Add(*point));
+    if (fresh) PQ_RETURN_IF_ERROR(validator.Drop(validator.points().back()));
   }
-  return Conclude(validator.points(), [&](const std::vector<ValidatedPlan>& points) {
-    const size_t own = IndexOf(points, chosen.plan.choices);
-    return knee ? KneeOfMeasured(points, own) : own;
-  });
+  Validation validation = Sorted(validator.points());
+  const size_t own = IndexOf(validation.points, chosen.plan);
+  validation.chosen = knee ? KneeOfMeasured(validation.points, own) : own;
+  if (validation.chosen != own) PQ_RETURN_IF_ERROR(validator.Drop(validation.points[own]));
+  return validation;
 }
 
 void PrintValidation(const Validation& validation) {
@@ -257,8 +245,8 @@ void PrintValidation(const Validation& validation) {
   for (size_t i = 0; i < validation.points.size(); ++i) {
     const ValidatedPlan& point = validation.points[i];
     fmt::print("{:>8.4f}  {:>12}  {:>12.5f}  {:>9.5f} ± {:.5f}{}\n", point.plan.bpp,
-               FormatBytes(point.plan.file_bytes), point.plan.losses.text, point.kl,
-               point.kl_stderr, i == validation.chosen ? "  chosen" : "");
+               FormatBytes(point.plan.file_bytes), point.plan.losses.text, point.measured.kl,
+               point.measured.kl_stderr, i == validation.chosen ? "  chosen" : "");
   }
   fmt::print("measured / predicted KL: {:.3f} (geometric mean)\n", validation.ratio);
 }

@@ -17,12 +17,14 @@
 #include "base/json.h"
 #include "base/status.h"
 #include "cli/session.h"
+#include "evaluate/kl_meter.h"
 
 namespace prismaquant {
 
 struct ValidatedPlan {
   PlannedAllocation plan;
-  double kl = 0, kl_stderr = 0;  // measured, nats per token
+  std::string rendering;  // its RenderKey
+  MeasuredKl measured;
 };
 
 struct Validation {

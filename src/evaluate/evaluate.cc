@@ -105,38 +105,34 @@ class Comparison {
   }
 
   void ScoreTexts() {
-    ScoreSums total;
-    std::vector<double> means;
+    Scores scores;
     Progress progress("evaluate, logits", data_.text.count(), "windows");
     for (int64_t n = 0; n < data_.text.count(); ++n) {
       TokenLogProbs& log_probs = result_.log_probs.emplace_back();
       log_probs.ids = data_.ids(n);
-      const ScoreSums sums = Score(n, 1, log_probs);
-      means.push_back(sums.Mean(sums.kl));
-      total.Add(sums);
+      scores.Add(Score(n, 1, log_probs));
       progress.Advance();
     }
+    const ScoreSums& total = scores.total();
     result_.tokens = total.positions;
-    result_.kl = total.Mean(total.kl);
-    result_.kl_stderr = StandardError(means);
+    result_.kl = scores.kl();
+    result_.kl_stderr = scores.kl_stderr();
     result_.ppl_source = std::exp(total.Mean(total.nll_source));
     result_.ppl = std::exp(total.Mean(total.nll));
     result_.top1 = total.Share(total.agree);
   }
 
   void ScoreCaptions() {
-    ScoreSums total;
-    std::vector<double> means;
+    Scores scores;
     for (int64_t n = data_.text.count(); n < data_.count(); ++n) {
       TokenLogProbs unused;
-      const ScoreSums sums = Score(n, data_.caption(n).first_label, unused);
-      means.push_back(sums.Mean(sums.kl));
-      total.Add(sums);
+      scores.Add(Score(n, data_.caption(n).first_label, unused));
     }
-    result_.captions = CaptionEvaluation{.images = static_cast<int64_t>(means.size()),
+    const ScoreSums& total = scores.total();
+    result_.captions = CaptionEvaluation{.images = static_cast<int64_t>(data_.captions.size()),
                                          .tokens = total.positions,
-                                         .kl = total.Mean(total.kl),
-                                         .kl_stderr = StandardError(means),
+                                         .kl = scores.kl(),
+                                         .kl_stderr = scores.kl_stderr(),
                                          .loss_source = total.Mean(total.nll_source),
                                          .loss = total.Mean(total.nll),
                                          .top1 = total.Share(total.agree),

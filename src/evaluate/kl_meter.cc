@@ -10,7 +10,6 @@
 #include "formats/torch_guard.h"
 
 namespace prismaquant {
-
 namespace {
 
 Result<std::unique_ptr<OutputHead>> LoadStoredHead(const Model& model, const LayerLinears& linears,
@@ -35,22 +34,18 @@ Result<MeasuredKl> KlMeter::Compare(const Model& model, const LayerLinears& line
   PQ_ASSIGN_OR_RETURN(const auto source_head,
                       LoadStoredHead(source_, StoredLinears(source_, compute_), compute_));
   PQ_ASSIGN_OR_RETURN(const auto head, LoadStoredHead(model, linears, compute_));
-  ScoreSums total;
-  std::vector<double> means;
+  Scores scores;
   for (int64_t n = 0; n < data_.text.count(); ++n) {
     const auto i = static_cast<size_t>(n);
     TokenLogProbs unused;
-    const ScoreSums sums = ScoreSequence(*source_head, *head, source_hidden_[i][0], hidden[i][0],
-                                         data_.ids(n), 1, unused);
-    means.push_back(sums.Mean(sums.kl));
-    total.Add(sums);
+    scores.Add(ScoreSequence(*source_head, *head, source_hidden_[i][0], hidden[i][0], data_.ids(n),
+                             1, unused));
   }
-  if (!std::isfinite(total.kl)) {
+  if (!std::isfinite(scores.kl())) {
     return Status::InvalidInput(fmt::format("{}: the KL of a plan is not finite on held-out text",
                                             source_.checkpoint().folder().string()));
   }
-  return MeasuredKl{
-      .kl = total.Mean(total.kl), .kl_stderr = StandardError(means), .tokens = total.positions};
+  return MeasuredKl{.kl = scores.kl(), .kl_stderr = scores.kl_stderr()};
 }
 
 Result<std::unique_ptr<KlMeter>> KlMeter::Make(const Model& source, TokenWindows text,

@@ -17,7 +17,6 @@ namespace prismaquant {
 // KL(source || candidate), nats per token; the standard error is that over the windows' means.
 struct MeasuredKl {
   double kl = 0, kl_stderr = 0;
-  int64_t tokens = 0;
 };
 
 class KlMeter {

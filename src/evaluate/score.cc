@@ -21,16 +21,6 @@ at::Tensor LogProbs(const OutputHead& head, const at::Tensor& hidden) {
 
 }  // namespace
 
-void ScoreSums::Add(const ScoreSums& other) {
-  kl += other.kl;
-  nll_source += other.nll_source;
-  nll += other.nll;
-  agree += other.agree;
-  right_source += other.right_source;
-  right += other.right;
-  positions += other.positions;
-}
-
 ScoreSums ScoreSequence(const OutputHead& source_head, const OutputHead& head,
                         const at::Tensor& source_hidden, const at::Tensor& hidden,
                         const std::vector<int32_t>& ids, int64_t first_label,
@@ -62,12 +52,23 @@ ScoreSums ScoreSequence(const OutputHead& source_head, const OutputHead& head,
   return sums;
 }
 
-double StandardError(const std::vector<double>& means) {
-  if (means.size() < 2) return 0;
-  const auto n = static_cast<double>(means.size());
-  const double mean = std::accumulate(means.begin(), means.end(), 0.0) / n;
+void Scores::Add(const ScoreSums& sums) {
+  total_.kl += sums.kl;
+  total_.nll_source += sums.nll_source;
+  total_.nll += sums.nll;
+  total_.agree += sums.agree;
+  total_.right_source += sums.right_source;
+  total_.right += sums.right;
+  total_.positions += sums.positions;
+  means_.push_back(sums.Mean(sums.kl));
+}
+
+double Scores::kl_stderr() const {
+  if (means_.size() < 2) return 0;
+  const auto n = static_cast<double>(means_.size());
+  const double mean = std::accumulate(means_.begin(), means_.end(), 0.0) / n;
   double squares = 0;
-  for (const double m : means) squares += (m - mean) * (m - mean);
+  for (const double m : means_) squares += (m - mean) * (m - mean);
   return std::sqrt(squares / (n - 1) / n);
 }
 

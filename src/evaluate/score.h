@@ -20,7 +20,6 @@ struct ScoreSums {
   double kl = 0, nll_source = 0, nll = 0;
   int64_t agree = 0, right_source = 0, right = 0, positions = 0;
 
-  void Add(const ScoreSums& other);
   double Mean(double sum) const { return sum / static_cast<double>(positions); }
   double Share(int64_t count) const { return Mean(static_cast<double>(count)); }
 };
@@ -31,8 +30,19 @@ ScoreSums ScoreSequence(const OutputHead& source_head, const OutputHead& head,
                         const std::vector<int32_t>& ids, int64_t first_label,
                         TokenLogProbs& log_probs);
 
-// Of the mean of `means`; 0 for fewer than two.
-double StandardError(const std::vector<double>& means);
+// Over several sequences.
+class Scores {
+ public:
+  void Add(const ScoreSums& sums);
+  const ScoreSums& total() const { return total_; }
+  // Nats per position, and its standard error over the sequences' means; 0 for fewer than two.
+  double kl() const { return total_.Mean(total_.kl); }
+  double kl_stderr() const;
+
+ private:
+  ScoreSums total_;
+  std::vector<double> means_;
+};
 
 }  // namespace prismaquant
 

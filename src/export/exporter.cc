@@ -141,7 +141,7 @@ class RenderedLinear {
 
 Status PassThrough(const Model& model, const std::string& name,
                    const CheckpointWriter::Sink& sink) {
-  if (model.smoothing() != nullptr && model.smoothing()->Changes(name)) {
+  if (model.IsSmoothed(name)) {
     PQ_ASSIGN_OR_RETURN(const at::Tensor tensor, model.LoadTensor(name));
     PQ_RETURN_IF_ERROR(sink(TensorBytes(tensor.contiguous())));
   } else {

@@ -238,7 +238,7 @@ Status CheckSameTensor(const TensorView& out, const Model& model, const TensorVi
                                      out.name, DTypeName(out.dtype), fmt::join(out.shape, ", "),
                                      DTypeName(source.dtype), fmt::join(source.shape, ", ")));
   }
-  if (model.smoothing() != nullptr && model.smoothing()->Changes(source.name)) {
+  if (model.IsSmoothed(source.name)) {
     PQ_ASSIGN_OR_RETURN(const at::Tensor smoothed, model.LoadTensor(source.name));
     if (SameBytes(out.bytes, TensorBytes(smoothed.contiguous()))) return {};
     return Status::Unmet(fmt::format("tensor {}: differs from the source's smoothed as {} says",

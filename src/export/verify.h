@@ -39,9 +39,8 @@ Result<std::map<std::string, StoredLinear>> ReadStoredLinears(const Model& model
 // - modules that vLLM fuses share their format and, bit for bit, their global scales; so do, as far
 //   as they must, the experts of a layer, which are stored alike in all layers of a part;
 // - the index states the tensors' bytes, and no *.safetensors file lies beside it;
-// - given the source: every tensor is the source's bit for bit (smoothed, if prismaquant.json
-// beside
-//   the checkpoint says so), or an expert's slice of one, or belongs to a quantized Linear of the
+// - given the source: every tensor is the source's bit for bit (smoothed, if prismaquant.json in
+//   the folder says so), or an expert's slice of one, or belongs to a quantized Linear of the
 //   source, none of the source's is missing, config.json differs by quantization_config alone and
 //   copied files are equal.
 // kUnmet names the first violation.

@@ -145,11 +145,6 @@ void Model::SetSmoothing(std::shared_ptr<const Smoothing> smoothing) {
   if (vision_ != nullptr) vision_->SetSmoothing(smoothing_);
 }
 
-Result<at::Tensor> Model::LoadParameter(const std::string& tensor, at::ScalarType dtype,
-                                        at::Device device) const {
-  return LoadSmoothed(*checkpoint_, smoothing_.get(), tensor, dtype, device);
-}
-
 Result<at::Tensor> Model::LoadWeight(const LinearInfo& linear) const {
   const bool packed = !linear.packed.tensor.empty();
   const std::string tensor = packed ? linear.packed.tensor : linear.name + ".weight";
@@ -157,7 +152,7 @@ Result<at::Tensor> Model::LoadWeight(const LinearInfo& linear) const {
   at::Tensor weight = TensorFromView(view);
   if (packed) weight = weight[linear.packed.expert].narrow(0, linear.packed.row, linear.out);
   PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, tensor, weight));
-  if (smoothing_ == nullptr || !smoothing_->Changes(tensor)) return weight;
+  if (!IsSmoothed(tensor)) return weight;
   weight = smoothing_->Weight(linear.name, weight);
   PQ_RETURN_IF_ERROR(
       checkpoint_tensors::RequireFinite(*checkpoint_, tensor + ", smoothed,", weight));
@@ -166,25 +161,24 @@ Result<at::Tensor> Model::LoadWeight(const LinearInfo& linear) const {
 
 Result<at::Tensor> Model::LoadBias(const LinearInfo& linear) const {
   if (!linear.has_bias) return at::Tensor();
-  PQ_ASSIGN_OR_RETURN(const at::Tensor bias,
-                      checkpoint_tensors::Map(*checkpoint_, linear.name + ".bias"));
-  if (smoothing_ == nullptr) return bias;
-  const at::Tensor smoothed = smoothing_->Bias(linear.name, bias);
-  PQ_RETURN_IF_ERROR(
-      checkpoint_tensors::RequireFinite(*checkpoint_, linear.name + ".bias, smoothed,", smoothed));
-  return smoothed;
+  const std::string tensor = linear.name + ".bias";
+  PQ_ASSIGN_OR_RETURN(at::Tensor bias, checkpoint_tensors::Map(*checkpoint_, tensor));
+  if (!IsSmoothed(tensor)) return bias;
+  bias = smoothing_->Bias(linear.name, bias);
+  PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, tensor + ", smoothed,", bias));
+  return bias;
 }
 
 Result<at::Tensor> Model::LoadTensor(const std::string& name) const {
-  PQ_ASSIGN_OR_RETURN(const at::Tensor stored, checkpoint_tensors::Map(*checkpoint_, name));
-  if (smoothing_ == nullptr || !smoothing_->Changes(name)) return stored;
+  if (!IsSmoothed(name)) return checkpoint_tensors::Map(*checkpoint_, name);
   if (const at::Tensor* parameter = smoothing_->Parameter(name)) return *parameter;
   const std::vector<size_t>& owners = smoothing_->Owners(name);
   const LinearInfo& first = linears_[owners.front()];
   if (first.packed.tensor != name) {
     return name == first.name + ".bias" ? LoadBias(first) : LoadWeight(first);
   }
-  at::Tensor packed = stored.clone();
+  PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint_->Get(name));
+  at::Tensor packed = TensorFromView(view).clone();
   for (const size_t owner : owners) {
     const LinearInfo& linear = linears_[owner];
     PQ_ASSIGN_OR_RETURN(const at::Tensor slice, LoadWeight(linear));

@@ -194,6 +194,10 @@ class Model {
   void SetSmoothing(std::shared_ptr<const Smoothing> smoothing);
   // Null if the source is read as it is.
   const Smoothing* smoothing() const { return smoothing_.get(); }
+  // Whether a tensor of the source is read as another one.
+  bool IsSmoothed(const std::string& tensor) const {
+    return smoothing_ != nullptr && smoothing_->Changes(tensor);
+  }
   // All tensors of a layer, for read-ahead.
   std::vector<std::string> LayerTensors(int layer) const;
 
@@ -201,9 +205,6 @@ class Model {
   Model();
   // What embeddings are multiplied with, in the compute dtype.
   virtual double embedding_scale() const { return 1; }
-  // A parameter that belongs to no Linear, smoothed if the model is; a copy, checked finite.
-  Result<at::Tensor> LoadParameter(const std::string& tensor, at::ScalarType dtype,
-                                   at::Device device) const;
   // The prefix of a layer's tensors; empty for kHead.
   std::string LayerPrefix(int layer) const;
   Part PartOfLayer(int layer) const;

@@ -92,7 +92,7 @@ std::vector<int8_t> ChooseExponents(const at::Tensor& mean_square) {
   return exponents;
 }
 
-Status Smoothing::Add(const Model& model, const SmoothingSite& site, int64_t producer_rows,
+Status Smoothing::Add(const Checkpoint& checkpoint, const SmoothingSite& site,
                       const std::vector<int8_t>& exponents) {
   if (static_cast<int64_t>(exponents.size()) != site.channels) {
     return Status::InvalidInput(fmt::format("smoothing of {}: {} channels, expected {}", site.key(),
@@ -101,10 +101,10 @@ Status Smoothing::Add(const Model& model, const SmoothingSite& site, int64_t pro
   at::Tensor factors = at::exp2(at::tensor(exponents, at::kChar).to(at::kFloat));
   if (site.norm.empty()) {
     at::Tensor& rows = rows_[site.producer];
-    if (!rows.defined()) rows = at::ones({producer_rows});
+    if (!rows.defined()) rows = at::ones({site.rows});
     rows.narrow(0, site.row, site.channels).copy_(factors.reciprocal());
   } else {
-    PQ_ASSIGN_OR_RETURN(SmoothedNorm norm, DivideNorm(model.checkpoint(), site, factors));
+    PQ_ASSIGN_OR_RETURN(SmoothedNorm norm, DivideNorm(checkpoint, site, factors));
     factors = norm.factors;
     parameters_.merge(norm.tensors);
   }
@@ -118,14 +118,12 @@ Result<std::shared_ptr<const Smoothing>> Smoothing::Make(const Model& model,
                                                          SmoothingExponents exponents) {
   const auto smoothing = std::make_shared<Smoothing>();
   std::set<std::string> used;
-  std::map<std::string, int64_t> rows;
-  for (const LinearInfo& linear : model.linears()) rows[linear.name] = linear.out;
   for (int layer = 0; layer < model.num_layers(); ++layer) {
     for (const SmoothingSite& site : model.SmoothingSites(layer)) {
       const auto chosen = exponents.find(site.key());
       if (chosen == exponents.end()) continue;
       used.insert(site.key());
-      PQ_RETURN_IF_ERROR(smoothing->Add(model, site, rows[site.producer], chosen->second));
+      PQ_RETURN_IF_ERROR(smoothing->Add(model.checkpoint(), site, chosen->second));
     }
   }
   for (const auto& [site, values] : exponents) {

@@ -31,11 +31,12 @@ struct LinearInfo;
 
 // Channels that can be scaled.
 struct SmoothingSite {
-  std::vector<std::string> norm =
-      {};                     // tensors of the norm that makes them; empty: `producer` does
-  bool plus_one = false;      // the norm multiplies by 1 + w
-  std::string producer = {};  // a Linear, by its rows [row, row + channels)
-  int64_t row = 0;
+  // Tensors of the norm that makes them, which multiplies by 1 + w if `plus_one`.
+  std::vector<std::string> norm = {};
+  bool plus_one = false;
+  // If no norm does: the Linear that makes them by its rows [row, row + channels) of `rows`.
+  std::string producer = {};
+  int64_t rows = 0, row = 0;
   int64_t channels = 0;
   std::vector<std::string> readers = {};  // Linears; the first sees every token
   // int64 [in]: which of the channels each input of a reader is; undefined: input i is channel i.
@@ -77,7 +78,7 @@ class Smoothing {
   const std::vector<size_t>& Owners(const std::string& tensor) const { return changed_.at(tensor); }
 
  private:
-  Status Add(const Model& model, const SmoothingSite& site, int64_t producer_rows,
+  Status Add(const Checkpoint& checkpoint, const SmoothingSite& site,
              const std::vector<int8_t>& exponents);
 
   SmoothingExponents exponents_;

@@ -82,7 +82,7 @@ Result<std::unique_ptr<Mixer>> TransformerModel::LoadMixer(int layer,
 
 Result<at::Tensor> TransformerModel::Parameter(int layer, const std::string& name,
                                                at::ScalarType dtype, at::Device device) const {
-  return LoadParameter(LayerPrefix(layer) + name, dtype, device);
+  return LoadSmoothed(*checkpoint_, smoothing_.get(), LayerPrefix(layer) + name, dtype, device);
 }
 
 std::vector<std::vector<LinearShape>> TransformerModel::MlpLinears() const {
@@ -211,6 +211,7 @@ SmoothingSite TransformerModel::MixerOutputSite(int, const LinearStages& stages)
   const int64_t d = config_.head_dim, shared = config_.num_heads / config_.num_kv_heads;
   const at::Tensor heads = at::arange(config_.num_heads, at::kLong).floor_divide(shared);
   return {.producer = v.name,
+          .rows = v.out,
           .channels = v.out,
           .readers = {stages[1][0].name},
           .channel_of = (heads.unsqueeze(1) * d + at::arange(d, at::kLong)).flatten()};
@@ -236,6 +237,7 @@ std::vector<SmoothingSite> TransformerModel::SmoothingSites(int layer) const {
       if (linear.is_expert && !down) mlp.readers.push_back(linear.name);
       if (linear.name.substr(leaf) != "up_proj") continue;
       sites.push_back({.producer = linear.name,
+                       .rows = linear.out,
                        .channels = linear.out,
                        .readers = {linear.name.substr(0, leaf) + "down_proj"}});
     }

@@ -146,6 +146,7 @@ std::vector<SmoothingSite> VisionTower::SmoothingSites(int index) const {
   }
   // The rows of the values are the last third of attn.qkv's.
   SmoothingSite values{.producer = prefix + "attn.qkv",
+                       .rows = 3 * h,
                        .row = 2 * h,
                        .channels = h,
                        .readers = {prefix + "attn.proj"}};

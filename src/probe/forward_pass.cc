@@ -38,7 +38,7 @@ Status ForwardPass::PutInputs(const PartLayers& part) {
   return PutSequences(store_, HiddenBlob(part, part.first), range.first, inputs);
 }
 
-Status ForwardPass::RunLayerOf(const PartLayers& part, int layer, const Visit& visit) {
+Status ForwardPass::VisitLayer(const PartLayers& part, int layer, const Visit& visit) {
   PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, compute_));
   PQ_ASSIGN_OR_RETURN(const LayerWeights weights, LayerWeights::Load(model_, layer, compute_));
   model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
@@ -65,7 +65,7 @@ Status ForwardPass::Run(const PartLayers& part, const std::string& title, const 
       continue;
     }
     if (layer == part.first) PQ_RETURN_IF_ERROR(PutInputs(part));
-    PQ_RETURN_IF_ERROR(RunLayerOf(part, layer, visit));
+    PQ_RETURN_IF_ERROR(VisitLayer(part, layer, visit));
     progress.Advance();
   }
   return {};

@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <string>
+#include <utility>
 
 #include "base/status.h"
 #include "model/model.h"
@@ -31,22 +32,26 @@ class ForwardPass {
   // Calls `through` once, and then commits (stage, layer) with what it learned.
   using Visit = std::function<Status(int layer, const LayerWeights& weights, const Through&)>;
 
-  // All must outlive the pass.
+  // What is referred to must outlive the pass.
   ForwardPass(const Model& model, const Sequences& sequences, const ComputeOptions& compute,
-              const std::string& stage, RunStore& store)
-      : model_(model), sequences_(sequences), compute_(compute), stage_(stage), store_(store) {}
+              std::string stage, RunStore& store)
+      : model_(model),
+        sequences_(sequences),
+        compute_(compute),
+        stage_(std::move(stage)),
+        store_(store) {}
 
   // The part that its inputs are made from must have been run before. `title` heads the progress.
   Status Run(const PartLayers& part, const std::string& title, const Visit& visit);
 
  private:
   Status PutInputs(const PartLayers& part);
-  Status RunLayerOf(const PartLayers& part, int layer, const Visit& visit);
+  Status VisitLayer(const PartLayers& part, int layer, const Visit& visit);
 
   const Model& model_;
   const Sequences& sequences_;
   const ComputeOptions& compute_;
-  const std::string& stage_;
+  std::string stage_;
   RunStore& store_;
 };
 

@@ -17,7 +17,7 @@
 namespace prismaquant {
 namespace {
 
-const std::string kStage = "smooth";
+constexpr char kStage[] = "smooth";
 // Set when all layers are through.
 constexpr char kSmoothedNote[] = "smoothed";
 

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <map>
 #include <memory>
-#include <optional>
 #include <utility>
 
 #include "base/progress.h"
@@ -104,11 +103,11 @@ class ProbePass {
                         });
   }
 
-  // A further pass finds the statistics complete.
   Status CommitMaxima(int layer, const MaximaRunner& runner) {
+    // A further pass finds the statistics complete.
+    if (!pass_.first) return store_.Commit(pass_.forward_stage, layer);
     std::vector<LinearStats> maxima;
     for (const LinearInfo& linear : model_.LayerLinears(layer)) {
-      if (!pass_.first) break;
       maxima.push_back(
           {.name = linear.name, .layer = layer, .input_amax = runner.maximum(linear.name)});
     }

@@ -40,12 +40,16 @@ def stored(folder: pathlib.Path) -> dict:
     return tensors
 
 
-@pytest.fixture(scope="module", params=CASES)
-def source(request, tmp_path_factory) -> pathlib.Path:
-    folder = make_checkpoint(CASES[request.param], tmp_path_factory.mktemp("source") / "model", torch.bfloat16)
+def family_source(family: str, folder: pathlib.Path) -> pathlib.Path:
+    make_checkpoint(CASES[family], folder, torch.bfloat16)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model() / name, folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=CASES)
+def source(request, tmp_path_factory) -> pathlib.Path:
+    return family_source(request.param, tmp_path_factory.mktemp("source") / "model")
 
 
 def quantize(source: pathlib.Path, out: pathlib.Path, *options) -> pathlib.Path:

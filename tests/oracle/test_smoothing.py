@@ -3,14 +3,13 @@
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 
 import pytest
 import torch
-from reference_models import bundled_model, load_model, make_checkpoint, random_ids
+from reference_models import bundled_model, load_model, random_ids
 from safetensors.torch import load_file
-from test_families import CASES, quantize, stored
+from test_families import CASES, family_source, quantize, stored
 
 PROGRAM = os.environ["PRISMAQUANT_BINARY"]
 MIXTURE = pathlib.Path(os.environ["PRISMAQUANT_SOURCE_DIR"]) / "examples" / "tiny-qwen3_5_moe"
@@ -25,10 +24,7 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def source(family, tmp_path_factory) -> pathlib.Path:
-    folder = make_checkpoint(CASES[family], tmp_path_factory.mktemp("source") / "model", torch.bfloat16)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(bundled_model() / name, folder)
-    return folder
+    return family_source(family, tmp_path_factory.mktemp("source") / "model")
 
 
 def verify(out: pathlib.Path, source: pathlib.Path) -> subprocess.CompletedProcess:

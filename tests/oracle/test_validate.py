@@ -71,11 +71,13 @@ def test_a_limit_that_only_predictions_hold_is_refused(tmp_path):
 
 
 def test_the_knee_is_that_of_measured_points(tmp_path):
-    found = quantize(tmp_path / "out", "--knee", "--validate", "9", "--no-eval")
+    work = tmp_path / "work"
+    found = quantize(tmp_path / "out", "--knee", "--validate", "9", "--no-eval", "--work", work)
     points = found["validation"]["points"]
     x, y = [p["bpp"] for p in points], [p["kl"] for p in points]
     below = [(b - x[0]) / (x[-1] - x[0]) + (k - y[-1]) / (y[0] - y[-1]) for b, k in zip(x, y)]
     assert points[below.index(min(below))]["chosen"]
+    assert not list((work / "render").glob("*/*"))
 
 
 def test_scores_are_no_kl(tmp_path):
