@@ -16,9 +16,10 @@ namespace prismaquant {
 
 enum class StatusCode {
   kOk = 0,
-  kUnmet = 1,         // the request cannot be met: infeasible budget, failed verification
-  kInvalidInput = 2,  // bad usage or bad input
-  kSystem = 3,        // the system failed: disk full, out of memory
+  kUnmet = 1,          // the request cannot be met: infeasible budget, failed verification
+  kInvalidInput = 2,   // bad usage or bad input
+  kSystem = 3,         // the system failed: disk full, out of memory
+  kInterrupted = 130,  // a signal asked to stop; as shells report SIGINT
 };
 
 class [[nodiscard]] Status {
@@ -29,6 +30,9 @@ class [[nodiscard]] Status {
     return {StatusCode::kInvalidInput, std::move(message)};
   }
   static Status System(std::string message) { return {StatusCode::kSystem, std::move(message)}; }
+  static Status Interrupted(std::string message) {
+    return {StatusCode::kInterrupted, std::move(message)};
+  }
 
   bool ok() const { return code_ == StatusCode::kOk; }
   StatusCode code() const { return code_; }

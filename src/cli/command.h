@@ -28,6 +28,7 @@ Command AddEvaluateCommand(CLI::App& app);
 Command AddInspectCommand(CLI::App& app);
 Command AddVerifyCommand(CLI::App& app);
 Command AddTokenizeCommand(CLI::App& app);
+Command AddRunsCommand(CLI::App& app);
 
 // Writes `json` to a file, or to standard output if `path` is "-"; does nothing if it is empty.
 Status WriteJson(const Json& json, const std::string& path);

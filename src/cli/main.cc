@@ -2,10 +2,13 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
+#include "base/interrupt.h"
 #include "base/version.h"
 #include "cli/command.h"
 #include "formats/torch_guard.h"
@@ -15,14 +18,25 @@ namespace {
 constexpr int kBadUsage = 2;
 // OpenMP's threads spin while they wait for each other, by default for so long that on a machine
 // with other work they take the processor from the very threads they wait for, and a run becomes
-// several times slower. A thousand turns are enough for the waits of an idle machine. The variables
-// are read before main, so the program starts itself once more; where it cannot, it goes on as it
-// is.
-void WaitWithoutSpinning(char** argv) {
-  constexpr char kPolicy[] = "OMP_WAIT_POLICY", kSpins[] = "GOMP_SPINCOUNT";
-  if (std::getenv(kPolicy) != nullptr || std::getenv(kSpins) != nullptr) return;
-  if (setenv(kPolicy, "passive", 1) != 0 || setenv(kSpins, "1000", 1) != 0) return;
-  execv("/proc/self/exe", argv);
+// several times slower. A thousand turns are enough for the waits of an idle machine. Large
+// temporary tensors come from the system page by page, which takes longer than computing them;
+// huge pages are several hundred times fewer. A variable that the user has set stays.
+constexpr std::array<std::pair<const char*, const char*>, 3> kRuntimeSettings = {{
+    {"OMP_WAIT_POLICY", "passive"},
+    {"GOMP_SPINCOUNT", "1000"},
+    {"GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"},
+}};
+
+// The variables are read before main, so the program starts itself once more; where it cannot, it
+// goes on as it is.
+void StartWithSettings(char** argv) {
+  bool changed = false;
+  for (const auto& [name, value] : kRuntimeSettings) {
+    if (std::getenv(name) != nullptr) continue;
+    if (setenv(name, value, 1) != 0) return;
+    changed = true;
+  }
+  if (changed) execv("/proc/self/exe", argv);
 }
 
 int Run(const std::vector<prismaquant::Command>& commands) {
@@ -39,7 +53,7 @@ int Run(const std::vector<prismaquant::Command>& commands) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  WaitWithoutSpinning(argv);
+  StartWithSettings(argv);
   CLI::App app("Quantizes language models to mixed-precision compressed-tensors checkpoints.",
                "prismaquant");
   app.set_version_flag("--version", prismaquant::kVersion);
@@ -48,12 +62,14 @@ int main(int argc, char** argv) {
       prismaquant::AddQuantizeCommand(app), prismaquant::AddProbeCommand(app),
       prismaquant::AddAllocateCommand(app), prismaquant::AddExportCommand(app),
       prismaquant::AddEvaluateCommand(app), prismaquant::AddInspectCommand(app),
-      prismaquant::AddVerifyCommand(app),   prismaquant::AddTokenizeCommand(app)};
+      prismaquant::AddVerifyCommand(app),   prismaquant::AddTokenizeCommand(app),
+      prismaquant::AddRunsCommand(app)};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     const int code = app.exit(error);
     return code == 0 ? 0 : kBadUsage;
   }
+  prismaquant::CatchInterrupts();
   return Run(commands);
 }

@@ -28,6 +28,9 @@
 
 namespace prismaquant {
 
+// The note of a run store that says where its source lies.
+inline constexpr char kSourceNote[] = "source";
+
 // Names of all formats, smallest bits first.
 std::vector<std::string> FormatNames();
 

@@ -4,8 +4,10 @@
 
 #include <utility>
 
+#include "base/interrupt.h"
 #include "base/progress.h"
 #include "evaluate/quantized_linears.h"
+#include "model/layer_pages.h"
 
 namespace prismaquant {
 namespace {
@@ -18,9 +20,10 @@ Status RunPart(const Model& model, const PartLayers& part, const LayerLinears& l
   const int64_t first = sequences.Range(part.part).first;
   Progress progress(title, part.end - part.first, "layers");
   for (int layer = part.first; layer < part.end; ++layer) {
+    PQ_RETURN_IF_ERROR(CheckInterrupted());
+    const LayerPages pages(model, layer, layer + 1);
     PQ_ASSIGN_OR_RETURN(const auto block, model.LoadLayer(layer, compute));
     PQ_ASSIGN_OR_RETURN(const auto linears, linears_of(layer));
-    model.checkpoint().WillNeed(model.LayerTensors(layer + 1));
     std::vector<at::Tensor> experts;
     for (size_t i = 0; i < hidden.size(); ++i) {
       const int64_t n = first + static_cast<int64_t>(i);

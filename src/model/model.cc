@@ -189,7 +189,7 @@ Result<at::Tensor> Model::LoadTensor(const std::string& name) const {
 
 std::vector<std::string> Model::LayerTensors(int layer) const {
   std::vector<std::string> names;
-  if (layer >= num_layers()) return names;
+  if (layer < 0 || layer >= num_layers()) return names;
   const bool head = PartOfLayer(layer) == Part::kHead;
   const std::string prefix = head ? "lm_head." : LayerPrefix(layer);
   for (const std::string& name : checkpoint_->names()) {

@@ -198,7 +198,7 @@ class Model {
   bool IsSmoothed(const std::string& tensor) const {
     return smoothing_ != nullptr && smoothing_->Changes(tensor);
   }
-  // All tensors of a layer, for read-ahead.
+  // All tensors of a layer; none if there is no such layer.
   std::vector<std::string> LayerTensors(int layer) const;
 
  protected:

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "formats/torch_guard.h"
+#include "model/layer_pages.h"
 
 namespace prismaquant {
 namespace {
@@ -14,9 +15,9 @@ Status RunBody(const Model& model, const at::Tensor& ids, const ComputeOptions& 
   const SequenceContext context = model.Context(ids.size(1), options);
   PQ_ASSIGN_OR_RETURN(at::Tensor hidden, model.Embed(ids, options));
   for (int layer = 0; layer < model.config().num_layers; ++layer) {
+    const LayerPages pages(model, layer, layer + 1);
     PQ_ASSIGN_OR_RETURN(const auto block, model.LoadLayer(layer, options));
     PQ_ASSIGN_OR_RETURN(const auto linears, PlainLinears::Load(model, layer, options));
-    model.checkpoint().WillNeed(model.LayerTensors(layer + 1));
     hidden = RunLayer(*block, context, hidden, *linears);
   }
   PQ_ASSIGN_OR_RETURN(const auto head, model.LoadHead(Part::kText, options));

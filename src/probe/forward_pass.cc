@@ -7,7 +7,9 @@
 #include <utility>
 #include <vector>
 
+#include "base/interrupt.h"
 #include "base/progress.h"
+#include "model/layer_pages.h"
 #include "probe/blob_tensors.h"
 
 namespace prismaquant {
@@ -39,9 +41,9 @@ Status ForwardPass::PutInputs(const PartLayers& part) {
 }
 
 Status ForwardPass::VisitLayer(const PartLayers& part, int layer, const Visit& visit) {
+  const LayerPages pages(model_, layer, layer + 1);
   PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, compute_));
   PQ_ASSIGN_OR_RETURN(const LayerWeights weights, LayerWeights::Load(model_, layer, compute_));
-  model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
   return visit(layer, weights, [&](LinearRunner& runner) -> Status {
     PQ_ASSIGN_OR_RETURN(const StoredSequences inputs,
                         StoredSequences::Open(store_, HiddenBlob(part, layer)));
@@ -64,6 +66,7 @@ Status ForwardPass::Run(const PartLayers& part, const std::string& title, const 
       progress.Skip(1);
       continue;
     }
+    PQ_RETURN_IF_ERROR(CheckInterrupted(store_.folder().string()));
     if (layer == part.first) PQ_RETURN_IF_ERROR(PutInputs(part));
     PQ_RETURN_IF_ERROR(VisitLayer(part, layer, visit));
     progress.Advance();

@@ -218,6 +218,29 @@ Status RunStore::Forget(const std::string& stage) {
   return RunToEnd(remove);
 }
 
+Result<std::map<std::string, int64_t>> RunStore::Stages() {
+  PQ_ASSIGN_OR_RETURN(Statement read,
+                      database_.Prepare("SELECT stage, COUNT(*) FROM done GROUP BY stage"));
+  std::map<std::string, int64_t> stages;
+  while (true) {
+    PQ_ASSIGN_OR_RETURN(const bool row, read.Step());
+    if (!row) return stages;
+    stages[read.Text(0)] = read.Int(1);
+  }
+}
+
+Result<std::set<std::string>> RunStore::PricedFormats(Rounding rounding) {
+  PQ_ASSIGN_OR_RETURN(Statement read,
+                      database_.Prepare("SELECT DISTINCT format FROM cost WHERE rounding = ?"));
+  read.Bind(static_cast<int64_t>(rounding));
+  std::set<std::string> formats;
+  while (true) {
+    PQ_ASSIGN_OR_RETURN(const bool row, read.Step());
+    if (!row) return formats;
+    formats.insert(read.Text(0));
+  }
+}
+
 Result<std::vector<LinearStats>> RunStore::Stats() {
   PQ_ASSIGN_OR_RETURN(
       Statement read,

@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -77,11 +78,16 @@ class RunStore {
                 const std::vector<LinearCost>& costs = {});
   // Forgets all marks of a stage.
   Status Forget(const std::string& stage);
+  // Stage -> how many of its layers are done.
+  Result<std::map<std::string, int64_t>> Stages();
 
   Result<std::vector<LinearStats>> Stats();
   // Linear name -> format name -> cost, of weights rounded in this way.
   Result<std::map<std::string, std::map<std::string, LinearCost>>> Costs(
       Rounding rounding = Rounding::kNearest);
+
+  // Formats that some Linear has such a cost for.
+  Result<std::set<std::string>> PricedFormats(Rounding rounding);
 
   // Small texts by key (JSON of the last allocation, measured results).
   Status PutNote(const std::string& key, const std::string& text);

@@ -243,6 +243,21 @@ TEST_F(RunStoreTest, InfiniteNumbersSurvive) {
   EXPECT_EQ(store.Costs()->at("a").at("fp8").weight_mse, kInfinity);
 }
 
+TEST_F(RunStoreTest, ListsStagesAndPricedFormats) {
+  RunStore store = Must();
+  EXPECT_TRUE(store.Stages()->empty());
+  for (const int64_t layer : {0, 1}) ASSERT_TRUE(store.Commit("forward", layer).ok());
+  ASSERT_TRUE(store
+                  .Commit("backward", 1, {},
+                          {{"q", "nvfp4", Rounding::kNearest},
+                           {"q", "fp8", Rounding::kNearest},
+                           {"k", "fp8", Rounding::kGptq}})
+                  .ok());
+  EXPECT_EQ(*store.Stages(), (std::map<std::string, int64_t>{{"backward", 1}, {"forward", 2}}));
+  EXPECT_EQ(*store.PricedFormats(Rounding::kNearest), (std::set<std::string>{"fp8", "nvfp4"}));
+  EXPECT_EQ(*store.PricedFormats(Rounding::kGptq), std::set<std::string>{"fp8"});
+}
+
 TEST_F(RunStoreTest, ForgetTakesBackTheMarksOfOneStage) {
   RunStore store = Must();
   ASSERT_TRUE(store.Commit("a", 0).ok());

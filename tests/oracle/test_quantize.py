@@ -152,6 +152,32 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def test_interrupted_run_says_how_to_go_on(tmp_path):
+    """One signal ends the run at the next commit."""
+    out = tmp_path / "out"
+    command = [PROGRAM, *map(str, ["quantize", SOURCE, out, *COMMON, "--bpp", "5.5", "--no-eval"])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "layers" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    process.send_signal(signal.SIGINT)
+    said += process.stderr.read()
+    assert process.wait() == 130
+    assert said.splitlines()[-1] == (f"prismaquant: interrupted; {out}.work keeps what is finished, and the same command goes on "
+                                     "from there")
+    assert not out.exists()
+    run("quantize", SOURCE, out, *COMMON, "--bpp", "5.5", "--no-eval")
+    assert (out / "config.json").exists()
+    held = json.loads(run("runs", f"{out}.work", "--json", "-").stdout)
+    assert held["source_folder"] == str(SOURCE)
+    assert held["identity"]["seed"] == "0"
+    assert {"nvfp4", "fp8", "mxfp8"} <= set(held["priced"])
+    assert held["stages"]["forward"] == held["stages"]["backward"] > 1
+    assert held["bytes"] == sum(path.stat().st_size for path in pathlib.Path(f"{out}.work").rglob("*") if path.is_file())
+
+
 def test_killed_run_goes_on_to_the_same_bytes(tmp_path):
     def command(name):
         # The folder's name stands in the card, so both runs write to a folder of the same name.
@@ -173,8 +199,10 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path):
             assert process.wait(timeout=limit) == 0
             break
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            gentle = kills % 2 == 1
+            process.send_signal(signal.SIGINT if gentle else signal.SIGKILL)
+            # A signal that comes before the program catches it kills; one that comes after the last commit changes nothing.
+            assert process.wait() in ([130, -signal.SIGINT, 0] if gentle else [-signal.SIGKILL])
             kills += 1
             limit *= 1.25
     assert kills >= 2
