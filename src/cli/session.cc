@@ -14,7 +14,6 @@
 namespace prismaquant {
 namespace {
 
-constexpr char kSourceNote[] = "source";
 // Of the identity: the source is smoothed.
 constexpr char kSmoothKey[] = "smooth";
 // One captioned image in this many is kept for measuring.
@@ -411,11 +410,12 @@ Result<RenderOptions> ToRenderOptions(const RenderFlags& flags, const ComputeOpt
   RenderOptions options;
   options.mode = flags.mode == "rtn" ? RenderMode::kRtn : RenderMode::kGptq;
   options.gptq.damping = flags.damping;
+  options.gptq.products = ProductType(compute.dtype);
   options.guided = flags.hessian == "guided";
   if (flags.mode == "gptq+sweep") {
     options.guided = false;
     options.gptq.choose_scales = false;
-    options.gptq.correct = false;
+    options.correct = false;
     options.gptq.sweep = true;
   }
   options.compute = compute;

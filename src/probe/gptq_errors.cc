@@ -7,6 +7,14 @@
 #include "round/gptq.h"
 
 namespace prismaquant {
+namespace {
+
+// The half that a rounding by the other one is judged by, or, if it saw no tokens, that other one.
+const InputMoments& Judge(const std::array<InputMoments, 2>& moments, size_t half) {
+  return moments[half].tokens() > 0 ? moments[half] : moments[1 - half];
+}
+
+}  // namespace
 
 MomentsRunner::MomentsRunner(const LayerWeights& weights,
                              const std::map<std::string, SharedScales>& scales,
@@ -55,14 +63,16 @@ Result<WeightErrors> MomentsRunner::Round(const LinearInfo& linear, const Format
   };
   const std::array<InputMoments, 2> moments = {moments_of(halves[0]), moments_of(halves[1])};
   const at::Tensor weight = weights_.stored.at(linear.name).to(at::kFloat);
-  WeightErrors errors{.format = &format, .of_half = {}};
+  const at::ScalarType compute = weights_.weight.at(linear.name).scalar_type();
+  const GptqOptions options{.products = ProductType(compute)};
+  std::array<at::Tensor, 2> errors;
   for (size_t h = 0; h < 2; ++h) {
     PQ_ASSIGN_OR_RETURN(const GptqResult result,
-                        RenderGuarded(format, weight, moments[1 - h], moments[h],
-                                      scales_.at(linear.name), linear.dtype, GptqOptions()));
-    errors.of_half[h] = result.decoded - weight;
+                        RenderGuarded(format, weight, weight, moments[1 - h], Judge(moments, h),
+                                      scales_.at(linear.name), linear.dtype, options));
+    errors[h] = result.decoded - weight;
   }
-  return errors;
+  return WeightErrors(format, errors[0], errors[1], ProductType(compute));
 }
 
 Result<LayerErrors> MomentsRunner::Errors(const std::vector<LinearInfo>& linears) const {

@@ -4,7 +4,7 @@
 // Statistics and costs of the output projection, which is too wide for a gradient matrix per
 // sequence: the gradient at its output is softmax(logits) - onehot(label), so
 // s_nf = sum_t <g_t, W_f Q_f(x_t) - W x_t> is taken from the logits themselves, slice by slice of
-// the vocabulary. Text windows only.
+// the vocabulary, at no more than 1024 positions of the text windows, which stand for all.
 
 #include <span>
 #include <vector>
@@ -26,8 +26,8 @@ struct HeadStatistics {
 };
 
 // `hidden`: the body's outputs; `losses` of the same sequences, by `head`. The model must have a
-// kHead part. Holds the normed hidden states in float32, one slice of the projection in every
-// format, and one window's logits for it.
+// kHead part. Holds one slice of the projection and the positions' logits for it. Products are
+// taken in the compute dtype.
 Result<HeadStatistics> PriceHead(const Model& model, const OutputHead& head,
                                  const Calibration& calibration, const StoredSequences& hidden,
                                  const std::vector<SequenceLoss>& losses,

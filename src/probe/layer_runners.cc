@@ -57,7 +57,7 @@ at::Tensor ProbedRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
 
 void ProbedRunner::Observe(int id, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx) {
   const at::NoGradGuard no_grad;
-  statistics_[static_cast<size_t>(id)].AddSequence(sequence_, x, g, dx, activations_);
+  statistics_[static_cast<size_t>(id)].AddSequence(sequence_, x, g, dx, buffers_);
 }
 
 }  // namespace prismaquant

@@ -66,7 +66,7 @@ class ProbedRunner : public LinearRunner, public LinearObserver {
   std::vector<LinearInfo> linears_;
   std::map<std::string, int> index_;
   std::vector<LinearStatistics> statistics_;
-  ActivationErrors activations_;
+  StatisticsBuffers buffers_;
   int64_t sequence_ = 0;
 };
 

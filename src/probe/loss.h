@@ -2,7 +2,7 @@
 #define PRISMAQUANT_PROBE_LOSS_H_
 
 // The loss of one sequence and its gradient at the last layer's output: cross-entropy summed over
-// positions, never averaged, in blocks of tokens so that no [tokens, vocabulary] matrix is held.
+// positions, never averaged, in blocks of positions, so that few logits are held at a time.
 
 #include <ATen/core/Tensor.h>
 

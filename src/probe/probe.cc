@@ -9,9 +9,11 @@
 #include <memory>
 #include <utility>
 
+#include "base/interrupt.h"
 #include "base/progress.h"
 #include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
+#include "model/layer_pages.h"
 #include "model/sequences.h"
 #include "probe/blob_tensors.h"
 #include "probe/forward_pass.h"
@@ -115,6 +117,8 @@ class ProbePass {
   }
 
   Status Head(const PartLayers& part) {
+    const PartLayers* projection = model_.FindPart(Part::kHead);
+    const LayerPages pages(model_, projection == nullptr ? -1 : projection->first, -1);
     PQ_ASSIGN_OR_RETURN(const auto head, model_.LoadHead(part.part, options_.compute));
     PQ_ASSIGN_OR_RETURN(const StoredSequences hidden,
                         StoredSequences::Open(store_, HiddenBlob(part, part.end)));
@@ -122,6 +126,7 @@ class ProbePass {
     std::vector<SequenceLoss> losses;
     std::vector<at::Tensor> gradients;
     for (int64_t n = hidden.first(); n < hidden.first() + hidden.count(); ++n) {
+      PQ_RETURN_IF_ERROR(CheckInterrupted(store_.folder().string()));
       const LossSpan span = SpanOf(part.part, calibration_, n, options_.labels);
       losses.push_back(
           LossAndGradient(*head, hidden.of(n)[0], calibration_.ids(n), span, options_));
@@ -162,6 +167,7 @@ class ProbePass {
         progress.Skip(1);
         continue;
       }
+      PQ_RETURN_IF_ERROR(CheckInterrupted(store_.folder().string()));
       PQ_RETURN_IF_ERROR(BackwardLayer(part, layer));
       progress.Advance();
     }
@@ -197,8 +203,9 @@ class ProbePass {
     if (pass_.rounding == Rounding::kNearest) {
       LayerErrors errors;
       for (const LinearInfo& linear : linears) {
-        errors[linear.name] = NearestErrors(linear, weights.stored.at(linear.name),
-                                            scales.at(linear.name), pass_.formats);
+        errors[linear.name] =
+            NearestErrors(linear, weights.stored.at(linear.name), scales.at(linear.name),
+                          pass_.formats, ProductType(options_.compute.dtype));
       }
       return errors;
     }
@@ -213,10 +220,10 @@ class ProbePass {
   }
 
   Status BackwardLayer(const PartLayers& part, int layer) {
+    const LayerPages pages(model_, layer, layer > part.first ? layer - 1 : -1);
     PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
     PQ_ASSIGN_OR_RETURN(const LayerWeights weights,
                         LayerWeights::Load(model_, layer, options_.compute));
-    if (layer > part.first) model_.checkpoint().WillNeed(model_.LayerTensors(layer - 1));
     PQ_ASSIGN_OR_RETURN(const auto scales, Scales(layer, weights));
     PQ_ASSIGN_OR_RETURN(const StoredSequences inputs,
                         StoredSequences::Open(store_, HiddenBlob(part, layer)));

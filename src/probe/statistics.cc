@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "kernels/row_products.h"
+
 namespace prismaquant {
 namespace {
 
@@ -19,6 +21,25 @@ struct Parts {
 Parts PartsOf(const at::Tensor& parts) {
   const at::Tensor wide = parts.to(at::kDouble);
   return {.sum = wide.sum().item<double>(), .squares = wide.square().sum().item<double>()};
+}
+
+// The parts of <g^T x, dW> by row, of each dW; of an undefined one, none.
+std::vector<Parts> RowParts(const at::Tensor& x, const at::Tensor& g,
+                            const std::vector<at::Tensor>& errors, StatisticsBuffers& buffers) {
+  std::vector<at::Tensor> defined;
+  for (const at::Tensor& error : errors) {
+    if (error.defined()) defined.push_back(error);
+  }
+  std::vector<Parts> parts(errors.size());
+  if (defined.empty()) return parts;
+  const at::ScalarType products = ProductType(g.scalar_type());
+  const at::Tensor gradient = buffers.WeightGradient(g.to(products), x.to(products));
+  const at::Tensor rows = ops::RowProducts(gradient, defined);
+  int64_t next = 0;
+  for (size_t i = 0; i < errors.size(); ++i) {
+    if (errors[i].defined()) parts[i] = PartsOf(rows[next++]);
+  }
+  return parts;
 }
 
 }  // namespace
@@ -39,28 +60,48 @@ const at::Tensor& ActivationErrors::Error(const Format& format, const SharedScal
   return error;
 }
 
-double WeightErrors::MeanSquare() const {
-  const auto mean_square = [](const at::Tensor& error) {
-    return error.defined() ? InnerProduct(error, error) / static_cast<double>(error.numel()) : 0;
+at::Tensor StatisticsBuffers::WeightGradient(const at::Tensor& g, const at::Tensor& x) {
+  const int64_t out = g.size(1), in = x.size(1);
+  const bool fits = gradient_.defined() && gradient_.scalar_type() == g.scalar_type() &&
+                    gradient_.numel() >= out * in;
+  if (!fits) gradient_ = at::empty({out * in}, g.options());
+  at::Tensor gradient = gradient_.narrow(0, 0, out * in).view({out, in});
+  at::mm_out(gradient, g.t(), x);
+  return gradient;
+}
+
+WeightErrors::WeightErrors(const Format& of_format, const at::Tensor& first,
+                           const at::Tensor& second, at::ScalarType products)
+    : format(&of_format) {
+  const auto mean_square_of = [](const at::Tensor& error) {
+    return InnerProduct(error, error) / static_cast<double>(error.numel());
   };
-  const double first = mean_square(of_half[0]);
-  return cross_fitted() ? (first + mean_square(of_half[1])) / 2 : first;
+  of_half[0] = first.to(products);
+  mean_square = mean_square_of(first);
+  if (second.is_same(first)) {
+    of_half[1] = of_half[0];
+  } else {
+    of_half[1] = second.to(products);
+    mean_square = (mean_square + mean_square_of(second)) / 2;
+  }
 }
 
 std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tensor& weight,
                                         const SharedScales& scales,
-                                        std::span<const Format* const> formats) {
+                                        std::span<const Format* const> formats,
+                                        at::ScalarType products) {
   std::vector<WeightErrors> errors;
   if (!linear.allocatable) return errors;
   const at::Tensor weight_f32 = weight.to(at::kFloat);
   for (const Format* format : formats) {
     if (!format->Supports(linear.out, linear.in)) continue;
-    WeightErrors& entry = errors.emplace_back();
-    entry.format = format;
-    if (format == &SourceFormat()) continue;
+    if (format == &SourceFormat()) {
+      errors.emplace_back().format = format;
+      continue;
+    }
     const at::Tensor error =
-        format->Decode(format->Encode(weight_f32, scales, linear.dtype)) - weight_f32;
-    entry.of_half = {error, error};
+        format->Decode(format->Encode(weight_f32, scales, linear.dtype)).sub_(weight_f32);
+    errors.emplace_back(*format, error, error, products);
   }
   return errors;
 }
@@ -78,33 +119,37 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
 }
 
 void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g,
-                                   const at::Tensor& dx, ActivationErrors& activations) {
-  const at::Tensor& x_f32 = activations.SetInput(x);
-  const at::Tensor g_f32 = g.to(at::kFloat);
-  const at::Tensor grad_squares = g_f32.square().sum(-1);
+                                   const at::Tensor& dx, StatisticsBuffers& buffers) {
+  const at::Tensor& x_f32 = buffers.activations.SetInput(x);
+  const at::Tensor grad_squares = g.to(at::kFloat).square().sum(-1);
   token_weights_.push_back(grad_squares);
   stats_.tokens += g.size(0);
   stats_.grad_square += grad_squares.sum(at::kDouble).item<double>();
   stats_.fisher_trace += (grad_squares * x_f32.square().sum(-1)).sum(at::kDouble).item<double>();
   if (errors_.empty()) return;
 
-  const at::Tensor weight_gradient = at::matmul(g_f32.t(), x_f32);
-  const at::Tensor dx_f32 = dx.to(at::kFloat);
-  const auto n = static_cast<size_t>(sequence);
-  const size_t half = n % 2;
+  const size_t half = static_cast<size_t>(sequence) % 2;
+  // Of all errors that there are: those to price by, then those in sample.
+  std::vector<at::Tensor> weight_errors;
+  std::vector<std::pair<Sums*, const WeightErrors*>> parts;
   for (size_t i = 0; i < errors_.size(); ++i) {
     const WeightErrors& error = errors_[i];
-    const Parts inputs = error.format->quantizes_activations()
-                             ? PartsOf((dx_f32 * activations.Error(*error.format, scales_)).sum(0))
-                             : Parts();
-    const auto put = [&](const at::Tensor& of_weight, Sums& sums) {
-      const Parts rows =
-          of_weight.defined() ? PartsOf((weight_gradient * of_weight).sum(-1)) : Parts();
-      sums.directional[n] = rows.sum + inputs.sum;
-      sums.squares[n] = rows.squares + inputs.squares;
-    };
-    put(error.of_half[half], sums_[i]);
-    if (error.cross_fitted()) put(error.of_half[1 - half], in_sample_[i]);
+    parts.emplace_back(&sums_[i], &error);
+    weight_errors.push_back(error.of_half[half]);
+    if (!error.cross_fitted()) continue;
+    parts.emplace_back(&in_sample_[i], &error);
+    weight_errors.push_back(error.of_half[1 - half]);
+  }
+  const std::vector<Parts> rows = RowParts(x, g, weight_errors, buffers);
+  const at::Tensor dx_f32 = dx.to(at::kFloat);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const auto [sums, error] = parts[i];
+    const Parts inputs =
+        error->format->quantizes_activations()
+            ? PartsOf((dx_f32 * buffers.activations.Error(*error->format, scales_)).sum(0))
+            : Parts();
+    sums->directional[static_cast<size_t>(sequence)] = rows[i].sum + inputs.sum;
+    sums->squares[static_cast<size_t>(sequence)] = rows[i].squares + inputs.squares;
   }
 }
 
@@ -117,7 +162,7 @@ std::vector<LinearCost> LinearStatistics::Costs() const {
     LinearCost cost{.linear = stats_.name,
                     .format = std::string(error.format->name()),
                     .rounding = error.cross_fitted() ? Rounding::kGptq : Rounding::kNearest,
-                    .weight_mse = error.MeanSquare(),
+                    .weight_mse = error.mean_square,
                     .directional = sums_[i].directional,
                     .squares = sums_[i].squares};
     costs.push_back(cost);

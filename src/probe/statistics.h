@@ -29,6 +29,7 @@
 
 #include "formats/format.h"
 #include "model/model.h"
+#include "round/input_moments.h"
 #include "store/run_store.h"
 
 namespace prismaquant {
@@ -47,22 +48,38 @@ class ActivationErrors {
   std::map<const Format*, at::Tensor> errors_;
 };
 
-// dW of one format, float32 [out, in].
+// What the Linears of a layer use one after the other.
+class StatisticsBuffers {
+ public:
+  ActivationErrors activations;
+  // g^T x of g [tokens, out] and x [tokens, in]; overwritten by the next call.
+  at::Tensor WeightGradient(const at::Tensor& g, const at::Tensor& x);
+
+ private:
+  at::Tensor gradient_;  // flat, as large as the largest so far
+};
+
+// dW of one format.
 struct WeightErrors {
   const Format* format = nullptr;
-  // By the half of the sequences that it prices; both the same tensor if no inputs were used,
-  // undefined if there is no error.
+  // [out, in], in ProductType of the model's compute dtype, by the half of the sequences that it
+  // prices; both the same tensor if no inputs were used, undefined if there is no error.
   std::array<at::Tensor, 2> of_half;
+  double mean_square = 0;  // of the elements in float32, mean over the halves
+
+  WeightErrors() = default;
+  // first, second: float32 [out, in].
+  WeightErrors(const Format& format, const at::Tensor& first, const at::Tensor& second,
+               at::ScalarType products);
   bool cross_fitted() const { return of_half[0].defined() && !of_half[0].is_same(of_half[1]); }
-  // Of the elements, mean over the halves.
-  double MeanSquare() const;
 };
 
 // Of rounding to nearest, for every format that can hold the weight [out, in]; none for a Linear
 // that is not to be allocated.
 std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tensor& weight,
                                         const SharedScales& scales,
-                                        std::span<const Format* const> formats);
+                                        std::span<const Format* const> formats,
+                                        at::ScalarType products);
 
 class LinearStatistics {
  public:
@@ -70,9 +87,9 @@ class LinearStatistics {
   LinearStatistics(const LinearInfo& linear, const at::Tensor& weight, const SharedScales& scales,
                    std::vector<WeightErrors> errors, int64_t sequences);
 
-  // One sequence: x [tokens, in], g [tokens, out], dx [tokens, in].
+  // One sequence: x [tokens, in], g [tokens, out], dx [tokens, in], in the compute dtype.
   void AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx,
-                   ActivationErrors& activations);
+                   StatisticsBuffers& buffers);
 
   LinearStats Stats() const;
   // Of cross-fitted errors, those in sample too.

@@ -64,14 +64,15 @@ TEST(LinearStatistics, AreTheDefinitionsOfTheCostModels) {
   const at::Tensor weight = torch::randn({kOut, kIn});
   const SharedScales scales{.weight_amax = weight.abs().max().item<double>() * 1.5,
                             .input_amax = 4};
-  LinearStatistics statistics(MakeLinear(kIn), weight, scales,
-                              NearestErrors(MakeLinear(kIn), weight, scales, AllFormats()), 3);
-  ActivationErrors activations;
+  LinearStatistics statistics(
+      MakeLinear(kIn), weight, scales,
+      NearestErrors(MakeLinear(kIn), weight, scales, AllFormats(), at::kFloat), 3);
+  StatisticsBuffers buffers;
   const Sequence sequences[] = {MakeSequence(kIn), MakeSequence(kIn), MakeSequence(kIn)};
   double trace = 0, squares = 0;
   int64_t number = 0;
   for (const Sequence& s : sequences) {
-    statistics.AddSequence(number++, s.x, s.g, at::matmul(s.g, weight), activations);
+    statistics.AddSequence(number++, s.x, s.g, at::matmul(s.g, weight), buffers);
     for (int64_t t = 0; t < kTokens; ++t) {
       const double g2 = s.g[t].square().sum().item<double>();
       trace += g2 * s.x[t].square().sum().item<double>();
@@ -108,11 +109,12 @@ TEST(LinearStatistics, AFormatThatCannotHoldTheWeightHasNoCost) {
   for (const int64_t in : {17, 48}) {
     const at::Tensor weight = torch::randn({kOut, in});
     const SharedScales scales{.weight_amax = 3, .input_amax = 3};
-    LinearStatistics statistics(MakeLinear(in), weight, scales,
-                                NearestErrors(MakeLinear(in), weight, scales, AllFormats()), 1);
-    ActivationErrors activations;
+    LinearStatistics statistics(
+        MakeLinear(in), weight, scales,
+        NearestErrors(MakeLinear(in), weight, scales, AllFormats(), at::kFloat), 1);
+    StatisticsBuffers buffers;
     const Sequence s = MakeSequence(in);
-    statistics.AddSequence(0, s.x, s.g, at::matmul(s.g, weight), activations);
+    statistics.AddSequence(0, s.x, s.g, at::matmul(s.g, weight), buffers);
     EXPECT_EQ(Names(statistics), Supporting(kOut, in));
     EXPECT_EQ(Names(statistics).contains("nvfp4"), in == 48);
     EXPECT_FALSE(Names(statistics).contains("mxfp8"));
@@ -126,10 +128,11 @@ TEST(LinearStatistics, ASequenceThatDidNotReachTheLinearCostsNothing) {
   const std::vector<const Format*> formats = {FindFormat("nvfp4"), FindFormat("bf16")};
   const SharedScales scales{.weight_amax = 3, .input_amax = 3};
   LinearStatistics statistics(MakeLinear(kIn), weight, scales,
-                              NearestErrors(MakeLinear(kIn), weight, scales, formats), 3);
-  ActivationErrors activations;
+                              NearestErrors(MakeLinear(kIn), weight, scales, formats, at::kFloat),
+                              3);
+  StatisticsBuffers buffers;
   const Sequence s = MakeSequence(kIn);
-  statistics.AddSequence(1, s.x, s.g, at::matmul(s.g, weight), activations);
+  statistics.AddSequence(1, s.x, s.g, at::matmul(s.g, weight), buffers);
   EXPECT_EQ(Names(statistics), (std::set<std::string>{"nvfp4", "bf16"}));
   for (const LinearCost& cost : statistics.Costs()) {
     ASSERT_EQ(cost.directional.size(), 3U);
@@ -145,12 +148,13 @@ TEST(LinearStatistics, PricesEachHalfWithTheErrorOfTheOther) {
   const SharedScales scales{.weight_amax = 3, .input_amax = 3};
   const Format& format = *FindFormat("int8");  // leaves activations alone
   const std::array<at::Tensor, 2> errors = {torch::randn({kOut, kIn}), torch::randn({kOut, kIn})};
-  LinearStatistics statistics(MakeLinear(kIn), weight, scales, {{&format, errors}}, 4);
-  ActivationErrors activations;
+  LinearStatistics statistics(MakeLinear(kIn), weight, scales,
+                              {WeightErrors(format, errors[0], errors[1], at::kFloat)}, 4);
+  StatisticsBuffers buffers;
   std::vector<Sequence> sequences;
   for (int64_t n = 0; n < 4; ++n) {
     const Sequence s = sequences.emplace_back(MakeSequence(kIn));
-    statistics.AddSequence(n, s.x, s.g, at::matmul(s.g, weight), activations);
+    statistics.AddSequence(n, s.x, s.g, at::matmul(s.g, weight), buffers);
   }
   const std::vector<LinearCost> costs = statistics.Costs();
   ASSERT_EQ(costs.size(), 2U);
@@ -178,16 +182,46 @@ TEST(ActivationErrors, AreThoseOfTheLastInput) {
   }
 }
 
+TEST(LinearStatistics, OfABfloat16ModelAreWithinItsRounding) {
+  torch::manual_seed(4);
+  const int64_t out = 256, in = 512, tokens = 64;
+  const at::Tensor weight = torch::randn({out, in}).to(at::kBFloat16);
+  const SharedScales scales{.weight_amax = 5, .input_amax = 5};
+  const LinearInfo linear = MakeLinear(in);
+  const std::vector<const Format*> formats = {FindFormat("nvfp4"), FindFormat("fp8")};
+  const at::Tensor x = torch::randn({tokens, in}).to(at::kBFloat16);
+  const at::Tensor g = torch::randn({tokens, out}).to(at::kBFloat16);
+  std::vector<LinearCost> costs[2];
+  for (const bool narrow : {false, true}) {
+    const at::ScalarType type = narrow ? at::kBFloat16 : at::kFloat;
+    LinearStatistics statistics(linear, weight, scales,
+                                NearestErrors(linear, weight, scales, formats, ProductType(type)),
+                                1);
+    StatisticsBuffers buffers;
+    statistics.AddSequence(0, x.to(type), g.to(type),
+                           at::matmul(g.to(at::kFloat), weight.to(at::kFloat)), buffers);
+    costs[narrow ? 1 : 0] = statistics.Costs();
+  }
+  ASSERT_EQ(costs[0].size(), formats.size());
+  for (size_t f = 0; f < formats.size(); ++f) {
+    const LinearCost &wide = costs[0][f], &narrow = costs[1][f];
+    EXPECT_EQ(narrow.weight_mse, wide.weight_mse);
+    // Of a sum of independent parts, the roundings average out.
+    EXPECT_NEAR(narrow.squares[0] / wide.squares[0], 1, 0x1.0p-9);
+    EXPECT_NEAR(narrow.directional[0], wide.directional[0], 0x1.0p-9 * std::sqrt(wide.squares[0]));
+  }
+}
+
 TEST(LinearStatistics, AnUnquantizedLinearHasStatisticsButNoCosts) {
   LinearInfo linear = MakeLinear(kIn);
   linear.allocatable = false;
   const at::Tensor weight = torch::randn({kOut, kIn});
   const SharedScales scales{.weight_amax = 3, .input_amax = 3};
   LinearStatistics statistics(linear, weight, scales,
-                              NearestErrors(linear, weight, scales, AllFormats()), 1);
-  ActivationErrors activations;
+                              NearestErrors(linear, weight, scales, AllFormats(), at::kFloat), 1);
+  StatisticsBuffers buffers;
   const Sequence s = MakeSequence(kIn);
-  statistics.AddSequence(0, s.x, s.g, at::matmul(s.g, weight), activations);
+  statistics.AddSequence(0, s.x, s.g, at::matmul(s.g, weight), buffers);
   EXPECT_TRUE(statistics.Costs().empty());
   EXPECT_GT(statistics.Stats().fisher_trace, 0);
 }

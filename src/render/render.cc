@@ -8,10 +8,12 @@
 #include <optional>
 #include <utility>
 
+#include "base/interrupt.h"
 #include "base/progress.h"
 #include "base/sha256.h"
 #include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
+#include "model/layer_pages.h"
 #include "model/sequences.h"
 #include "probe/blob_tensors.h"
 #include "probe/probe.h"
@@ -20,8 +22,14 @@
 namespace prismaquant {
 namespace {
 
-// One sequence in this many is kept out of the Hessian and judges the result.
-constexpr int64_t kHeldOutEvery = 8;
+// One sequence in this many, at least one of so few, is kept out of the Hessian and judges the
+// result.
+constexpr size_t kHeldOutEvery = 8, kFewestSequences = 4;
+
+bool IsHeldOut(size_t sequence, size_t count) {
+  const size_t every = std::min(kHeldOutEvery, count);
+  return count >= kFewestSequences && sequence % every == every - 1;
+}
 
 std::string LayerBlob(const std::string& key, int layer) {
   return fmt::format("render/{}/layer-{}", key, layer);
@@ -102,6 +110,17 @@ class Renderer {
     std::vector<at::Tensor> source_inputs = {};  // per sequence; empty without a counterpart
   };
 
+  // Of one Linear, to round by and to judge by.
+  struct LinearInputs {
+    InputRows train, held_out;
+    // The held-out rows if there are any, else those in sample; if there are no rows, the moments.
+    const RoundingJudge& Judge(const InputMoments& moments) const {
+      if (held_out.tokens() > 0) return held_out;
+      if (train.tokens() > 0) return train;
+      return moments;
+    }
+  };
+
   bool IsQuantized(Part part) const {
     return std::any_of(model_.linears().begin(), model_.linears().end(), [&](const auto& linear) {
       return linear.part == part && formats_.at(linear.name) != &SourceFormat();
@@ -119,15 +138,14 @@ class Renderer {
         progress.Skip(1);
         continue;
       }
+      PQ_RETURN_IF_ERROR(CheckInterrupted(store_.folder().string()));
       PQ_RETURN_IF_ERROR(RenderLayer(layers, layer));
       progress.Advance();
     }
     return {};
   }
 
-  bool follows_source() const {
-    return options_.mode == RenderMode::kGptq && options_.gptq.correct;
-  }
+  bool follows_source() const { return options_.mode == RenderMode::kGptq && options_.correct; }
 
   Status RemoveStates(const PartLayers& part, int layer) {
     PQ_RETURN_IF_ERROR(store_.RemoveBlob(StateBlob(key_, Stream::kQuantized, part, layer)));
@@ -174,8 +192,8 @@ class Renderer {
   }
 
   Status RenderLayer(const PartLayers& part, int layer) {
+    const LayerPages pages(model_, layer, layer + 1);
     PQ_ASSIGN_OR_RETURN(const auto block, model_.LoadLayer(layer, options_.compute));
-    model_.checkpoint().WillNeed(model_.LayerTensors(layer + 1));
     Streams streams;
     PQ_ASSIGN_OR_RETURN(streams.quantized, LayerInputs(Stream::kQuantized, part, layer));
     if (follows_source()) {
@@ -270,16 +288,23 @@ class Renderer {
     }
     // An expert that saw few tokens is rounded to nearest with chosen scales.
     const bool scales_only = linear.is_expert && job.inputs.tokens() < kFewestInputs;
-    InputMoments train(linear.in), held_out(linear.in);
+    InputMoments moments(linear.in);
+    LinearInputs inputs;
+    at::Tensor target = job.weight;
     if (scales_only) {
-      train = train.WithNoise(at::ones({linear.in}));
+      moments = moments.WithNoise(at::ones({linear.in}));
     } else {
-      Accumulate(job, train, held_out);
+      inputs = SplitInputs(job);
+      moments.Add(inputs.train.x(), {});
+      if (options_.correct) {
+        target = Correct(job.weight, moments.hessian(), inputs.train, inputs.held_out).weight;
+      }
     }
-    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(job.format, job.weight, train, held_out,
-                                                         job.scales, linear.dtype, options_.gptq));
+    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(job.format, job.weight, target, moments,
+                                                         inputs.Judge(moments), job.scales,
+                                                         linear.dtype, options_.gptq));
     report["rendered"] = result.fell_back ? "rtn" : scales_only ? "rtn+scales" : "gptq";
-    if (held_out.tokens() > 0) {
+    if (inputs.held_out.tokens() > 0) {
       report["error_ratio"] = result.error_ratio;
       report["weight_error_ratio"] = result.weight_ratio;
     }
@@ -287,7 +312,8 @@ class Renderer {
     return std::move(result.decoded);
   }
 
-  void Accumulate(const Job& job, InputMoments& train, InputMoments& held_out) const {
+  LinearInputs SplitInputs(const Job& job) const {
+    LinearInputs inputs;
     const std::vector<at::Tensor>& x = job.inputs.For(job.format, job.scales);
     const auto weights = token_weights_.find(job.linear.name);
     int64_t first = 0;
@@ -296,10 +322,11 @@ class Renderer {
       const at::Tensor token_weights = weights == token_weights_.end()
                                            ? at::Tensor()
                                            : weights->second.narrow(0, first, rows.size(0));
-      InputMoments& sum = n % kHeldOutEvery == kHeldOutEvery - 1 ? held_out : train;
-      sum.Add(rows, token_weights, Lack(job, n, rows));
+      InputRows& half = IsHeldOut(n, x.size()) ? inputs.held_out : inputs.train;
+      half.Add(rows, token_weights, Lack(job, n, rows));
       first += rows.size(0);
     }
+    return inputs;
   }
 
   // What the outputs for `rows` lack of the source's, [tokens, out]; undefined for an expert, whose
@@ -360,7 +387,7 @@ std::string RenderKey(const FormatChoice& formats, const RenderOptions& options)
   Json json = {{"mode", options.mode == RenderMode::kGptq ? "gptq" : "rtn"},
                {"damping", options.gptq.damping},
                {"choose_scales", options.gptq.choose_scales},
-               {"correct", options.gptq.correct},
+               {"correct", options.correct},
                {"sweep", options.gptq.sweep},
                {"guided", options.guided},
                {"precision", at::toString(options.compute.dtype)}};

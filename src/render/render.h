@@ -31,6 +31,7 @@ struct RenderOptions {
   GptqOptions gptq;
   // Weight each token of the Hessian by |g_t|^2 of the probe, if the store has it for all layers.
   bool guided = true;
+  bool correct = true;  // round what Correct makes of a weight
   ComputeOptions compute;
 };
 

@@ -212,17 +212,21 @@ class RenderTest : public ::testing::Test {
     const Format& format = *FindFormat("nvfp4");
     const SharedScales shared{.weight_amax = UnitAmax(linear.unit),
                               .input_amax = at::cat(inputs).abs().max().item<double>()};
-    InputMoments train(64), held_out(64);
+    InputRows train, held_out;
     for (size_t n = 0; n < inputs.size(); ++n) {
       at::Tensor weights;
       if (token_weights.defined())
         weights = token_weights.narrow(0, static_cast<int64_t>(n) * kTokens, kTokens);
       const at::Tensor x = format.QuantizeActivation(inputs[n], shared);
       const at::Tensor lack = at::linear(wanted[n] - x, WeightOf(kQuery));
-      (n == 7 || n == 15 ? held_out : train)
-          .Add(x.reshape({-1, 64}), weights, lack.reshape({-1, linear.out}));
+      const at::Tensor rows = x.reshape({-1, 64}), lacks = lack.reshape({-1, linear.out});
+      (n == 7 || n == 15 ? held_out : train).Add(rows, weights, lacks);
     }
-    return Must(RenderGuarded(format, WeightOf(kQuery), train, held_out, shared, DType::kBF16, {}));
+    InputMoments moments(64);
+    moments.Add(train.x(), {});
+    const at::Tensor weight = WeightOf(kQuery);
+    const at::Tensor target = Correct(weight, moments.hessian(), train, held_out).weight;
+    return Must(RenderGuarded(format, weight, target, moments, held_out, shared, DType::kBF16, {}));
   }
 
   // Leaves in the store what the probe would: one weight per token and Linear.
@@ -414,7 +418,12 @@ TEST_F(RenderTest, ReportSaysWhatWasDone) {
   }
   EXPECT_GT(gptq, 5);
 
-  windows_.windows.resize(7);
+  windows_.windows.resize(4);
+  RunStore few = Store("few");
+  ASSERT_TRUE(Render(few, Mixed()).ok());
+  EXPECT_TRUE(Must(RenderReport(few, "k", kLayers)).at(kQuery).contains("error_ratio"));
+
+  windows_.windows.resize(3);
   RunStore unjudged = Store("unjudged");
   ASSERT_TRUE(Render(unjudged, Mixed()).ok());
   const Json entry = Must(RenderReport(unjudged, "k", kLayers)).at(kQuery);

@@ -33,12 +33,15 @@ struct Factor {
   double unit = 1;
 };
 
-// A column without inputs has the damping alone for its diagonal.
-Factor FactorDamped(const at::Tensor& hessian, double damping) {
+at::ScalarType FactorType(int64_t columns) {
+  return columns <= kLargestFloat64 ? at::kDouble : at::kFloat;
+}
+
+// A column without inputs has the damping alone for its diagonal. `type`: that of the factor.
+Factor FactorDamped(const at::Tensor& hessian, double damping, at::ScalarType type) {
   const double mean = hessian.diagonal().to(at::kDouble).mean().item<double>();
   if (!(mean > 0) || !hessian.isfinite().all().item<bool>()) return {};
   const double unit = PowerOfFour(mean);
-  const at::ScalarType type = hessian.size(0) <= kLargestFloat64 ? at::kDouble : at::kFloat;
   at::Tensor damped = hessian.to(type) / unit;
   damped.diagonal().add_(damping * mean / unit);
   const auto [lower, failed] = at::linalg_cholesky_ex(damped);
@@ -46,19 +49,16 @@ Factor FactorDamped(const at::Tensor& hessian, double damping) {
   return {.lower = lower, .unit = unit};
 }
 
-// The upper Cholesky factor, up to a positive multiple, of the inverse of the damped Hessian,
-// float32; undefined if it cannot be had.
-at::Tensor InverseFactor(const at::Tensor& hessian, double damping) {
+// The Cholesky factor L of the damped Hessian with rows and columns reversed, up to a positive
+// multiple, float32; undefined if it cannot be had. `reversed`: that Hessian.
+at::Tensor ReversedFactor(const at::Tensor& reversed, double damping) {
   for (int attempt = 0; attempt <= kDampingRetries; ++attempt) {
-    const at::Tensor lower = FactorDamped(hessian, damping).lower;
+    const Factor factor = FactorDamped(reversed, damping, FactorType(reversed.size(0)));
     damping = std::max(damping * 10, kSmallestRetry);
-    if (!lower.defined()) continue;
-    const auto [upper, failed] =
-        at::linalg_cholesky_ex(at::cholesky_inverse(lower), /*upper=*/true);
-    if (failed.item<int>() != 0) continue;
-    at::Tensor factor = upper.to(at::kFloat).contiguous();
-    if (factor.isfinite().all().item<bool>() && (factor.diagonal() > 0).all().item<bool>())
-      return factor;
+    if (!factor.lower.defined()) continue;
+    at::Tensor lower = factor.lower.to(at::kFloat);
+    if (lower.isfinite().all().item<bool>() && (lower.diagonal() > 0).all().item<bool>())
+      return lower;
   }
   return {};
 }
@@ -169,28 +169,67 @@ StoredTensors ToStored(const Format& format, const GridState& state, StoredTenso
   return stored;
 }
 
-void RunColumns(const at::Tensor& weight, const at::Tensor& factor, bool choose_scales,
+// S of CorrectedWeight, float32 [out, in]; undefined if it cannot be had. Of fewer tokens than
+// inputs it is E^T (X X^T + d I)^-1 X, which is the same and less work.
+at::Tensor CorrectionStep(const at::Tensor& hessian, const InputRows& train) {
+  const at::Tensor x = train.x(), lack = train.lack();
+  const at::ScalarType products = x.scalar_type();
+  const int64_t tokens = x.size(0), in = x.size(1);
+  const auto multiply = [&](const at::Tensor& a, const at::Tensor& b) {
+    return at::matmul(a.to(products), b.to(products)).to(at::kFloat);
+  };
+  // Beside products in bfloat16 a factor in float32 is exact.
+  const at::ScalarType type =
+      products == at::kBFloat16 ? at::kFloat : FactorType(std::min(tokens, in));
+  if (tokens < in) {
+    const double damping =
+        kCorrectionDamping * static_cast<double>(tokens) / static_cast<double>(in);
+    const Factor factor = FactorDamped(multiply(x, x.t()), damping, type);
+    if (!factor.lower.defined()) return {};
+    const at::Tensor share = lack.to(factor.lower.scalar_type()) / factor.unit;
+    return multiply(at::cholesky_solve(share, factor.lower).t(), x);
+  }
+  const Factor factor = FactorDamped(hessian, kCorrectionDamping, type);
+  if (!factor.lower.defined()) return {};
+  const at::Tensor pull = multiply(lack.t(), x) / factor.unit;
+  return multiply(pull, at::cholesky_inverse(factor.lower));
+}
+
+// Rounds block by block of columns. What the columns before a block left, E = W - W_q, moves it by
+// E R U_BB, where the Hessian is R R^T with R upper triangular, R are its rows above the block and
+// U_BB is the inverse of its own (docs/rendering.md). R is `factor` reversed; so is E here, which
+// saves turning R around.
+void RunColumns(const at::Tensor& weight, const at::Tensor& factor, const GptqOptions& options,
                 GridState& state) {
   const int64_t in = weight.size(1);
-  at::Tensor remaining = weight.clone();
+  const at::Tensor rows = factor.to(options.products);
+  const at::Tensor left = at::empty(weight.sizes(), options.products);  // E, last column first
   for (int64_t begin = 0; begin < in; begin += kBlockColumns) {
-    const int64_t columns = std::min(kBlockColumns, in - begin);
-    at::Tensor block = remaining.narrow(1, begin, columns).contiguous();
+    const int64_t columns = std::min(kBlockColumns, in - begin), after = in - begin - columns;
+    const at::Tensor own =
+        factor.narrow(0, after, columns).narrow(1, after, columns).flip({0, 1}).to(at::kDouble);
+    const at::Tensor inverse =
+        at::linalg_solve_triangular(own, at::eye(columns, at::kDouble), /*upper=*/true)
+            .to(at::kFloat)
+            .contiguous();
+    const at::Tensor target = weight.narrow(1, begin, columns);
+    at::Tensor block = target.contiguous().clone();
+    if (begin > 0) {
+      const at::Tensor above = rows.narrow(0, in - begin, begin).narrow(1, after, columns);
+      const at::Tensor moved = at::matmul(left.narrow(1, in - begin, begin), above).flip(1);
+      block.add_(at::matmul(moved.to(at::kFloat), inverse));
+    }
     at::Tensor codes = at::empty(block.sizes(), at::kByte);
     at::Tensor error = at::empty_like(block);
     at::Tensor scale = state.scale;
     if (state.group > 0)
       scale = at::empty({block.size(0), columns / state.group}, state.scale.options());
-    ops::GptqBlock(state.grid, block, factor.narrow(0, begin, columns).narrow(1, begin, columns),
-                   scale, codes, error, state.global_scale, choose_scales);
+    ops::GptqBlock(state.grid, block, inverse, scale, codes, error, state.global_scale,
+                   options.choose_scales);
     state.codes.narrow(1, begin, columns).copy_(codes);
     if (state.group > 0)
       state.scale.narrow(1, begin / state.group, columns / state.group).copy_(scale);
-    const int64_t right = in - begin - columns;
-    if (right == 0) break;
-    remaining.narrow(1, begin + columns, right)
-        .sub_(
-            at::matmul(error, factor.narrow(0, begin, columns).narrow(1, begin + columns, right)));
+    left.narrow(1, after, columns).copy_((target - block).flip(1));
   }
 }
 
@@ -205,8 +244,9 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
   GptqResult result;
   StoredTensors rtn = format.Encode(weight, shared, source);
   const Order order = OrderByImportance(format, hessian);
-  const at::Tensor factor = InverseFactor(
-      hessian.index_select(0, order.columns).index_select(1, order.columns), options.damping);
+  const at::Tensor backwards = order.columns.flip(0);
+  const at::Tensor factor = ReversedFactor(
+      hessian.index_select(0, backwards).index_select(1, backwards), options.damping);
   if (!factor.defined()) {
     result.decoded = format.Decode(rtn);
     result.stored = std::move(rtn);
@@ -214,7 +254,7 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
     return result;
   }
   GridState state = MakeGrid(format, rtn, weight.size(0), weight.size(1));
-  RunColumns(weight.index_select(1, order.columns), factor, options.choose_scales, state);
+  RunColumns(weight.index_select(1, order.columns), factor, options, state);
   order.Restore(state);
   result.stored = ToStored(format, state, std::move(rtn));
   if (options.sweep && format.grid() == Grid::kE2M1Group16) {
@@ -224,31 +264,27 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
   return result;
 }
 
-CorrectedWeight Correct(const at::Tensor& weight, const InputMoments& train,
-                        const InputMoments& held_out) {
+CorrectedWeight Correct(const at::Tensor& weight, const at::Tensor& hessian, const InputRows& train,
+                        const InputRows& held_out) {
   CorrectedWeight corrected{.weight = weight};
-  if (!train.pull().defined() || !held_out.pull().defined()) return corrected;
-  const Factor factor = FactorDamped(train.hessian(), kCorrectionDamping);
-  if (!factor.lower.defined()) return corrected;
-  const at::Tensor pull = train.pull().to(factor.lower.scalar_type()) / factor.unit;
-  const at::Tensor step = at::cholesky_solve(pull.t(), factor.lower).t().to(at::kFloat);
-  const double curvature = held_out.ErrorOf(weight + step, weight).weight;
-  const double slope = (step * held_out.pull()).sum(-1).sum(at::kDouble).item<double>();
-  if (!(curvature > 0) || !std::isfinite(slope)) return corrected;
-  corrected.share = std::clamp(slope / curvature, 0.0, kLargestCorrection);
+  const double lack = held_out.LackEnergy();
+  if (!(lack > 0)) return corrected;
+  const at::Tensor step = CorrectionStep(hessian, train);
+  if (!step.defined()) return corrected;
+  const RoundingError whole = held_out.ErrorOf(weight + step, weight);
+  const double slope = (lack + whole.weight - whole.output) / 2;
+  if (!(whole.weight > 0) || !std::isfinite(slope)) return corrected;
+  corrected.share = std::clamp(slope / whole.weight, 0.0, kLargestCorrection);
   corrected.weight = weight + corrected.share * step;
   return corrected;
 }
 
 Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
-                                 const InputMoments& train, const InputMoments& held_out,
-                                 const SharedScales& shared, DType source,
-                                 const GptqOptions& options) {
-  const CorrectedWeight target =
-      options.correct ? Correct(weight, train, held_out) : CorrectedWeight{.weight = weight};
+                                 const at::Tensor& target, const InputMoments& train,
+                                 const RoundingJudge& judge, const SharedScales& shared,
+                                 DType source, const GptqOptions& options) {
   PQ_ASSIGN_OR_RETURN(GptqResult gptq,
-                      RenderGptq(format, target.weight, train.hessian(), shared, source, options));
-  const InputMoments& judge = held_out.tokens() > 0 ? held_out : train;
+                      RenderGptq(format, target, train.hessian(), shared, source, options));
   StoredTensors rtn = format.Encode(weight, shared, source);
   at::Tensor rtn_decoded = format.Decode(rtn);
   const RoundingError error = judge.ErrorOf(gptq.decoded, weight);

@@ -20,8 +20,10 @@ namespace prismaquant {
 struct GptqOptions {
   double damping = 0.3;       // added to the diagonal, relative to its mean; not negative
   bool choose_scales = true;  // search each group's scale when the group is reached
-  bool correct = true;        // aim at CorrectedWeight
   bool sweep = false;         // NVFP4: SweepScales afterwards
+  // What the columns that are done move the others by is multiplied in this type, float32 or
+  // bfloat16.
+  at::ScalarType products = at::kFloat;
 };
 
 struct GptqResult {
@@ -38,22 +40,24 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
                               const at::Tensor& hessian, const SharedScales& shared, DType source,
                               const GptqOptions& options);
 
-// W + a P (H + d I)^-1, the way to the unrounded weight whose outputs are nearest to the source's:
-// d is the mean of H's diagonal, and a the share that is best on `held_out`, at most half. W
-// itself, and a = 0, without a pull or held-out tokens.
+// W + a S, on the way to the unrounded weight whose outputs are nearest to the source's: S = E^T X
+// (X^T X + d I)^-1 of the training inputs X and lacks E, with d the mean of the Hessian's diagonal,
+// and a the share of it that is best on `held_out`, at most half. W itself, and a = 0, without
+// lacks or held-out tokens.
 struct CorrectedWeight {
   at::Tensor weight;
   double share = 0;
 };
-CorrectedWeight Correct(const at::Tensor& weight, const InputMoments& train,
-                        const InputMoments& held_out);
+// hessian [in, in]: that of `train`.
+CorrectedWeight Correct(const at::Tensor& weight, const at::Tensor& hessian, const InputRows& train,
+                        const InputRows& held_out);
 
-// GPTQ by `train`, kept only if its output error on `held_out` (on `train` if that has no tokens)
-// is finite and not above that of round-to-nearest.
+// GPTQ of `target`, the weight or a corrected one, by `train`; kept only if its output error by
+// `judge` is finite and not above that of the weight rounded to nearest.
 Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
-                                 const InputMoments& train, const InputMoments& held_out,
-                                 const SharedScales& shared, DType source,
-                                 const GptqOptions& options);
+                                 const at::Tensor& target, const InputMoments& train,
+                                 const RoundingJudge& judge, const SharedScales& shared,
+                                 DType source, const GptqOptions& options);
 
 }  // namespace prismaquant
 

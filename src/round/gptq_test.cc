@@ -35,10 +35,15 @@ at::Tensor CorrelatedInputs(int64_t tokens, int64_t in, int64_t seed) {
   return (torch::randn({tokens, 8}).matmul(mixing) + 0.5 * torch::randn({tokens, in})) * size;
 }
 
-InputMoments MomentsOf(const at::Tensor& x, const at::Tensor& lack = {}) {
+InputMoments MomentsOf(const at::Tensor& x) {
   InputMoments moments(x.size(1));
-  if (x.size(0) > 0) moments.Add(x, {}, lack);
+  moments.Add(x, {});
   return moments;
+}
+InputRows RowsOf(const at::Tensor& x, const at::Tensor& lack = {}) {
+  InputRows rows;
+  rows.Add(x, {}, lack);
+  return rows;
 }
 at::Tensor Gram(const at::Tensor& x) { return x.t().matmul(x); }
 at::Tensor CorrelatedHessian(int64_t in) { return Gram(CorrelatedInputs(1024, in, 1)); }
@@ -215,15 +220,20 @@ TEST(InputMoments, WeightsTokens) {
   EXPECT_TRUE(ones.hessian().equal(plain.hessian()));
 }
 
-TEST(InputMoments, WidensBfloat16AndStartsAtZero) {
+TEST(InputMoments, OfBfloat16InputsAreWithinItsRoundingAndStartAtZero) {
   torch::manual_seed(5);
-  const at::Tensor x = torch::randn({300, 8}).to(at::kBFloat16);
-  InputMoments narrow(8), wide(8);
+  const at::Tensor x = torch::randn({9000, 24}).to(at::kBFloat16);
+  InputMoments narrow(24), wide(24);
   EXPECT_EQ(Amax(narrow.hessian()), 0);
   EXPECT_EQ(narrow.tokens(), 0);
   narrow.Add(x, {});
   wide.Add(x.to(at::kFloat), {});
-  EXPECT_TRUE(narrow.hessian().equal(wide.hessian()));
+  EXPECT_EQ(narrow.hessian().scalar_type(), at::kFloat);
+  const at::Tensor diagonal = wide.hessian().diagonal().sqrt();
+  const at::Tensor error =
+      (narrow.hessian() - wide.hessian()) / (diagonal.unsqueeze(0) * diagonal.unsqueeze(1));
+  EXPECT_LT(Amax(error), 0x1.0p-8);
+  EXPECT_TRUE(narrow.hessian().equal(narrow.hessian().t()));
 }
 
 class RenderGptqTest : public ::testing::TestWithParam<std::string> {
@@ -406,10 +416,11 @@ TEST_P(RenderGptqTest, RepeatedRunsAndOtherThreadCounts) {
 TEST_P(RenderGptqTest, GuardKeepsWhatIsBetterOnTheHeldOutInputs) {
   const at::Tensor weight = Weight(32, 160), inputs = CorrelatedInputs(1024, 160, 1);
   const at::Tensor train = Gram(inputs);
-  const auto guarded = [&](const at::Tensor& held_out) {
-    return *RenderGuarded(format(), weight, MomentsOf(inputs), MomentsOf(held_out),
-                          ScalesOf(weight), DType::kBF16, {.damping = 0.01});
+  const auto judged = [&](const RoundingJudge& judge) {
+    return *RenderGuarded(format(), weight, weight, MomentsOf(inputs), judge, ScalesOf(weight),
+                          DType::kBF16, {.damping = 0.01});
   };
+  const auto guarded = [&](const at::Tensor& held_out) { return judged(RowsOf(held_out)); };
   const GptqResult plain = Render(weight, train, {.damping = 0.01});
 
   const at::Tensor alike = CorrelatedInputs(128, 160, 2);
@@ -422,9 +433,9 @@ TEST_P(RenderGptqTest, GuardKeepsWhatIsBetterOnTheHeldOutInputs) {
   EXPECT_LT(kept.error_ratio, 0.7);
   EXPECT_EQ(kept.weight_ratio, kept.error_ratio);
 
-  const GptqResult unjudged = guarded(at::empty({0, 160}));
-  EXPECT_TRUE(SameStored(unjudged.stored, plain.stored));
-  EXPECT_NEAR(unjudged.error_ratio,
+  const GptqResult in_sample = judged(MomentsOf(inputs));
+  EXPECT_TRUE(SameStored(in_sample.stored, plain.stored));
+  EXPECT_NEAR(in_sample.error_ratio,
               ExactError(plain.decoded, weight, train) / NearestError(weight, train), 1e-3);
 
   const at::Tensor gap = (plain.decoded - weight).select(0, 0).unsqueeze(0) * 100;
@@ -448,39 +459,56 @@ struct Noisy {
     wanted = source.matmul(weight.t());
     lack = wanted - x.matmul(weight.t());
   }
-  InputMoments Moments() const { return MomentsOf(x, lack); }
+  InputRows Rows() const { return RowsOf(x, lack); }
+  CorrectedWeight Corrected(const at::Tensor& weight, const Noisy& held_out) const {
+    return Correct(weight, Gram(x), Rows(), held_out.Rows());
+  }
 };
 
 TEST(Correct, BringsTheOutputsNearerToTheSources) {
   const at::Tensor weight = Weight(24, 96);
   const Noisy train(weight, 2048, 1, 1.0), held_out(weight, 256, 2, 1.0),
       other(weight, 256, 3, 1.0);
-  const CorrectedWeight corrected = Correct(weight, train.Moments(), held_out.Moments());
+  const CorrectedWeight corrected = train.Corrected(weight, held_out);
   EXPECT_EQ(corrected.share, 0.5);
   const auto distance = [&](const at::Tensor& w) {
     return (other.x.matmul(w.t()) - other.wanted).square().sum().item<double>();
   };
   EXPECT_LT(distance(corrected.weight), 0.9 * distance(weight));
-  EXPECT_NEAR(other.Moments().ErrorOf(corrected.weight, weight).output / distance(corrected.weight),
-              1, 1e-3);
+  EXPECT_NEAR(other.Rows().ErrorOf(corrected.weight, weight).output / distance(corrected.weight), 1,
+              1e-3);
 }
 
 TEST(Correct, TakesTheShareThatIsBestOnTheHeldOutInputs) {
   const at::Tensor weight = Weight(24, 96);
   const Noisy train(weight, 128, 1, 1.5), held_out(weight, 4096, 2, 0.3);
-  const CorrectedWeight corrected = Correct(weight, train.Moments(), held_out.Moments());
+  const CorrectedWeight corrected = train.Corrected(weight, held_out);
   ASSERT_GT(corrected.share, 0.01);
   ASSERT_LT(corrected.share, 0.49);
   const at::Tensor step = (corrected.weight - weight) / corrected.share;
-  const InputMoments moments = held_out.Moments();
-  const double best = moments.ErrorOf(corrected.weight, weight).output;
+  const InputRows rows = held_out.Rows();
+  const double best = rows.ErrorOf(corrected.weight, weight).output;
   for (const double share : {corrected.share - 0.01, corrected.share + 0.01})
-    EXPECT_LT(best, moments.ErrorOf(weight + share * step, weight).output);
+    EXPECT_LT(best, rows.ErrorOf(weight + share * step, weight).output);
+}
+
+TEST(Correct, StepsAlongTheDampedLeastSquaresSolution) {
+  const at::Tensor weight = Weight(24, 96);
+  for (const int64_t tokens : {64, 95, 96, 300}) {
+    const Noisy train(weight, tokens, 1, 1.0), held_out(weight, 256, 2, 1.0);
+    const CorrectedWeight corrected = train.Corrected(weight, held_out);
+    ASSERT_GT(corrected.share, 0);
+    const at::Tensor x = train.x.to(at::kDouble), hessian = Gram(x);
+    const at::Tensor damped = hessian + hessian.diagonal().mean() * at::eye(96, at::kDouble);
+    const at::Tensor step = at::linalg_solve(damped, x.t().matmul(train.lack.to(at::kDouble))).t();
+    const at::Tensor found = (corrected.weight - weight) / corrected.share;
+    EXPECT_LT(Amax(found - step), 1e-4 * Amax(step)) << tokens;
+  }
 }
 
 TEST(Correct, LeavesAWeightWithoutASourceAlone) {
   const at::Tensor weight = Weight(8, 32), x = CorrelatedInputs(64, 32, 1);
-  const CorrectedWeight corrected = Correct(weight, MomentsOf(x), MomentsOf(x));
+  const CorrectedWeight corrected = Correct(weight, Gram(x), RowsOf(x), RowsOf(x));
   EXPECT_TRUE(corrected.weight.equal(weight));
   EXPECT_EQ(corrected.share, 0);
 }
@@ -519,6 +547,32 @@ TEST(InputMoments, WeightErrorIsTheSummedSquaredErrorOfTheOutputs) {
   const double expected = x.matmul((other - weight).t()).square().sum().item<double>();
   EXPECT_NEAR(MomentsOf(x).ErrorOf(other, weight).weight / expected, 1, 1e-4);
   EXPECT_EQ(MomentsOf(x).ErrorOf(other, weight).output, MomentsOf(x).ErrorOf(other, weight).weight);
+}
+
+TEST(InputRows, JudgeByTheWeightedSquaresOfTheOutputs) {
+  const at::Tensor weight = Weight(24, 96);
+  const at::Tensor rounded = (weight * 8).round() / 8;
+  const at::Tensor token_weights = at::rand({512}) * 3;
+  const Noisy inputs(weight, 512, 1, 0.5);
+  InputRows with_lack, without;
+  EXPECT_EQ(without.ErrorOf(rounded, weight).output, 0);
+  for (const auto& [begin, count] : {std::pair(0, 100), std::pair(100, 412)}) {
+    const at::Tensor x = inputs.x.narrow(0, begin, count);
+    const at::Tensor weights = token_weights.narrow(0, begin, count);
+    with_lack.Add(x, weights, inputs.lack.narrow(0, begin, count));
+    without.Add(x, weights);
+  }
+  EXPECT_EQ(with_lack.tokens(), 512);
+  const at::Tensor y = inputs.x.matmul((rounded - weight).t());
+  const auto weighted = [&](const at::Tensor& outputs) {
+    return (outputs.square().sum(-1) * token_weights).sum().item<double>();
+  };
+  EXPECT_NEAR(with_lack.ErrorOf(rounded, weight).weight / weighted(y), 1, 1e-5);
+  EXPECT_NEAR(with_lack.ErrorOf(rounded, weight).output / weighted(y - inputs.lack), 1, 1e-5);
+  EXPECT_NEAR(without.ErrorOf(rounded, weight).output / weighted(y), 1, 1e-5);
+  InputMoments moments(96);
+  moments.Add(with_lack.x(), {});
+  EXPECT_NEAR(moments.ErrorOf(rounded, weight).weight / weighted(y), 1, 1e-4);
 }
 
 TEST(InputMoments, NoiseAddsToTheDiagonalAlone) {

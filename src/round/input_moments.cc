@@ -13,29 +13,74 @@ double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
   return (a * b).sum(-1).sum(at::kDouble).item<double>();
 }
 
+// `rows` [tokens, ..] times the root of each token's weight.
+at::Tensor Weighted(const at::Tensor& rows, const at::Tensor& token_weights,
+                    at::ScalarType products) {
+  if (!token_weights.defined()) return rows.to(products);
+  return (rows.to(at::kFloat) * token_weights.sqrt().unsqueeze(1)).to(products);
+}
+
+at::Tensor Joined(const std::vector<at::Tensor>& pieces) {
+  return pieces.empty() ? at::Tensor() : at::cat(pieces);
+}
+
 }  // namespace
+
+at::ScalarType ProductType(at::ScalarType compute) {
+  return compute == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+}
+
+void InputRows::Add(const at::Tensor& x, const at::Tensor& token_weights, const at::Tensor& lack) {
+  x_.push_back(Weighted(x, token_weights, ProductType(x.scalar_type())));
+  if (lack.defined()) lack_.push_back(Weighted(lack, token_weights, ProductType(x.scalar_type())));
+  tokens_ += x.size(0);
+}
+
+at::Tensor InputRows::x() const { return Joined(x_); }
+
+at::Tensor InputRows::lack() const { return Joined(lack_); }
+
+double InputRows::LackEnergy() const {
+  double energy = 0;
+  for (const at::Tensor& lack : lack_) {
+    const at::Tensor wide = lack.to(at::kFloat);
+    energy += InnerProduct(wide, wide);
+  }
+  return energy;
+}
+
+RoundingError InputRows::ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const {
+  RoundingError error;
+  if (x_.empty()) return error;
+  const at::Tensor difference = (decoded - weight).to(x_.front().scalar_type());
+  for (size_t i = 0; i < x_.size(); ++i) {
+    const at::Tensor y = at::matmul(x_[i], difference.t()).to(at::kFloat);
+    const double square = InnerProduct(y, y);
+    error.weight += square;
+    if (lack_.empty()) {
+      error.output += square;
+    } else {
+      const at::Tensor distance = y - lack_[i];
+      error.output += InnerProduct(distance, distance);
+    }
+  }
+  return error;
+}
 
 InputMoments::InputMoments(int64_t in) : hessian_(at::zeros({in, in}, at::kFloat)) {}
 
-void InputMoments::Add(const at::Tensor& x, const at::Tensor& token_weights,
-                       const at::Tensor& lack) {
-  if (lack.defined() && !pull_.defined())
-    pull_ = at::zeros({lack.size(1), hessian_.size(0)}, at::kFloat);
+void InputMoments::Add(const at::Tensor& x, const at::Tensor& token_weights) {
   for (int64_t begin = 0; begin < x.size(0); begin += kBlockTokens) {
     const int64_t count = std::min(kBlockTokens, x.size(0) - begin);
-    const at::Tensor roots = token_weights.defined()
-                                 ? token_weights.narrow(0, begin, count).sqrt().unsqueeze(1)
-                                 : at::Tensor();
-    const auto weighted = [&](const at::Tensor& rows) {
-      const at::Tensor block = rows.narrow(0, begin, count).to(at::kFloat);
-      return roots.defined() ? block * roots : block;
-    };
-    const at::Tensor block = weighted(x);
-    hessian_.addmm_(block.t(), block);
-    if (!lack.defined()) continue;
-    const at::Tensor lack_block = weighted(lack);
-    pull_.addmm_(lack_block.t(), block);
-    lack_energy_ += InnerProduct(lack_block, lack_block);
+    const at::Tensor weights =
+        token_weights.defined() ? token_weights.narrow(0, begin, count) : token_weights;
+    const at::Tensor block =
+        Weighted(x.narrow(0, begin, count), weights, ProductType(x.scalar_type()));
+    if (block.scalar_type() == at::kFloat) {
+      hessian_.addmm_(block.t(), block);
+    } else {
+      hessian_.add_(at::matmul(block.t(), block));
+    }
   }
   tokens_ += x.size(0);
 }
@@ -48,11 +93,8 @@ InputMoments InputMoments::WithNoise(const at::Tensor& noise) const {
 
 RoundingError InputMoments::ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const {
   const at::Tensor difference = decoded - weight;
-  RoundingError error;
-  error.weight = InnerProduct(at::matmul(difference, hessian_), difference);
-  error.output = error.weight;
-  if (pull_.defined()) error.output += lack_energy_ - 2 * InnerProduct(difference, pull_);
-  return error;
+  const double error = InnerProduct(at::matmul(difference, hessian_), difference);
+  return {.weight = error, .output = error};
 }
 
 }  // namespace prismaquant

@@ -1,25 +1,31 @@
 #ifndef PRISMAQUANT_ROUND_INPUT_MOMENTS_H_
 #define PRISMAQUANT_ROUND_INPUT_MOMENTS_H_
 
-// InputMoments: what rounding needs to know of the inputs of one Linear, summed over tokens with
-// weights w_t, in float32, block by block of tokens (docs/rendering.md).
+// What rounding needs to know of the inputs of one Linear, weighted by w_t per token
+// (docs/rendering.md). x_t is the input as the format's product sees it, s_t the source model's
+// input there, e_t = W (s_t - x_t) what the output lacks of the source's.
 //
-//   hessian   H = sum_t w_t x_t x_t^T, with x_t as the format's product sees it
-//   pull      P = sum_t w_t e_t x_t^T, with e_t = W (s_t - x_t): what the output lacks of the
-//   source
-//             model's, whose input there is s_t
+// InputRows: the inputs and lacks themselves. They judge a rounded weight W + D by
+// sum_t w_t |(W + D) x_t - W s_t|^2.
 //
-// The squared distance of a rounded weight's outputs from the source's, sum_t w_t |(W + D) x_t - W
-// s_t|^2, is then tr(D H D^T) - 2 <D, P> + sum_t w_t |e_t|^2. One thread.
+// InputMoments: the Hessian H = sum_t w_t x_t x_t^T, added up block by block of tokens in float32;
+// of bfloat16 inputs each block's product is rounded to bfloat16 first. It judges by tr(D H D^T).
+//
+// One thread.
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace prismaquant {
 
 // So few inputs say little of those to come.
 inline constexpr int64_t kFewestInputs = 32;
+
+// The dtype of large products in a model that is computed in `compute`: bfloat16, if that is what
+// it is (sums in float32, each rounded to it once), else float32.
+at::ScalarType ProductType(at::ScalarType compute);
 
 // Of a rounded weight W + D, summed over the tokens.
 struct RoundingError {
@@ -27,25 +33,48 @@ struct RoundingError {
   double output = 0;  // the squared distance of the outputs from the source's
 };
 
-class InputMoments {
+class RoundingJudge {
  public:
-  explicit InputMoments(int64_t in);
+  virtual ~RoundingJudge() = default;
+  // decoded, weight float32 [out, in].
+  virtual RoundingError ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const = 0;
+  virtual int64_t tokens() const = 0;
+};
+
+class InputRows : public RoundingJudge {
+ public:
   // x [tokens, in] in any float dtype; weights [tokens] or undefined (all ones); lack e [tokens,
   // out], or undefined if x is what the source has. One of both for all calls.
   void Add(const at::Tensor& x, const at::Tensor& token_weights, const at::Tensor& lack = {});
+  // All rows times the root of their weight, in ProductType of their dtype: [tokens, in] and
+  // [tokens, out]; undefined if there are none.
+  at::Tensor x() const;
+  at::Tensor lack() const;
+  int64_t tokens() const override { return tokens_; }
+  // sum_t w_t |e_t|^2, the distance of the outputs from the source's before any rounding.
+  double LackEnergy() const;
+  // Products are taken in ProductType.
+  RoundingError ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const override;
+
+ private:
+  std::vector<at::Tensor> x_, lack_;  // by call
+  int64_t tokens_ = 0;
+};
+
+class InputMoments : public RoundingJudge {
+ public:
+  explicit InputMoments(int64_t in);
+  // As InputRows::Add.
+  void Add(const at::Tensor& x, const at::Tensor& token_weights);
   // These with `noise` [in] added to the Hessian's diagonal.
   InputMoments WithNoise(const at::Tensor& noise) const;
   // [in, in] float32, symmetric.
   const at::Tensor& hessian() const { return hessian_; }
-  // [out, in] float32; undefined without a lack.
-  const at::Tensor& pull() const { return pull_; }
-  int64_t tokens() const { return tokens_; }
-
-  RoundingError ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const;
+  int64_t tokens() const override { return tokens_; }
+  RoundingError ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const override;
 
  private:
-  at::Tensor hessian_, pull_;
-  double lack_energy_ = 0;
+  at::Tensor hessian_;
   int64_t tokens_ = 0;
 };
 
