@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "base/interrupt.h"
 #include "export/inventory.h"
 #include "export/quantization_config.h"
 #include "export/verify.h"
@@ -142,7 +141,6 @@ class RenderedLinear {
 
 Status PassThrough(const Model& model, const std::string& name,
                    const CheckpointWriter::Sink& sink) {
-  PQ_RETURN_IF_ERROR(CheckInterrupted());
   if (model.IsSmoothed(name)) {
     PQ_ASSIGN_OR_RETURN(const at::Tensor tensor, model.LoadTensor(name));
     PQ_RETURN_IF_ERROR(sink(TensorBytes(tensor.contiguous())));

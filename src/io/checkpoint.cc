@@ -6,6 +6,7 @@
 #include <set>
 #include <utility>
 
+#include "base/interrupt.h"
 #include "base/sha256.h"
 
 namespace prismaquant {
@@ -105,6 +106,7 @@ std::vector<TensorSpec> Specs(const std::vector<CheckpointWriter::Tensor>& tenso
 }
 
 Status WriteTensor(SafetensorsWriter& writer, const CheckpointWriter::Tensor& tensor) {
+  PQ_RETURN_IF_ERROR(CheckInterrupted());
   int64_t written = 0;
   const int64_t expected = tensor.spec.bytes();
   PQ_RETURN_IF_ERROR(tensor.write([&](std::span<const std::byte> bytes) -> Status {

@@ -119,11 +119,12 @@ class HeadPricer {
   }
 
   void PriceSlice(int64_t row, const at::Tensor& weight) {
-    const at::Tensor logits = at::matmul(positions_.x.to(products_), weight.to(products_).t());
+    const at::Tensor rows = weight.to(products_);
+    const at::Tensor logits = at::matmul(positions_.x.to(products_), rows.t());
     const at::Tensor gradient = Gradient(logits, row);
     grad_squares_ += gradient.square().sum(-1).to(at::kDouble);
     const at::Tensor g = gradient.to(products_);
-    const at::Tensor passed_on = at::matmul(g, weight.to(products_)).to(at::kFloat);
+    const at::Tensor passed_on = at::matmul(g, rows).to(at::kFloat);
     for (Priced& priced : priced_) {
       if (priced.format == &SourceFormat()) continue;
       const at::Tensor error =

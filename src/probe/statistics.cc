@@ -129,27 +129,26 @@ void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const 
   if (errors_.empty()) return;
 
   const size_t half = static_cast<size_t>(sequence) % 2;
-  // Of all errors that there are: those to price by, then those in sample.
-  std::vector<at::Tensor> weight_errors;
-  std::vector<std::pair<Sums*, const WeightErrors*>> parts;
-  for (size_t i = 0; i < errors_.size(); ++i) {
-    const WeightErrors& error = errors_[i];
-    parts.emplace_back(&sums_[i], &error);
+  std::vector<at::Tensor> weight_errors;  // a cross-fitted one's in sample behind the one to price
+  for (const WeightErrors& error : errors_) {
     weight_errors.push_back(error.of_half[half]);
-    if (!error.cross_fitted()) continue;
-    parts.emplace_back(&in_sample_[i], &error);
-    weight_errors.push_back(error.of_half[1 - half]);
+    if (error.cross_fitted()) weight_errors.push_back(error.of_half[1 - half]);
   }
   const std::vector<Parts> rows = RowParts(x, g, weight_errors, buffers);
   const at::Tensor dx_f32 = dx.to(at::kFloat);
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const auto [sums, error] = parts[i];
-    const Parts inputs =
-        error->format->quantizes_activations()
-            ? PartsOf((dx_f32 * buffers.activations.Error(*error->format, scales_)).sum(0))
-            : Parts();
-    sums->directional[static_cast<size_t>(sequence)] = rows[i].sum + inputs.sum;
-    sums->squares[static_cast<size_t>(sequence)] = rows[i].squares + inputs.squares;
+  const auto n = static_cast<size_t>(sequence);
+  size_t next = 0;
+  for (size_t i = 0; i < errors_.size(); ++i) {
+    const Format& format = *errors_[i].format;
+    const Parts inputs = format.quantizes_activations()
+                             ? PartsOf((dx_f32 * buffers.activations.Error(format, scales_)).sum(0))
+                             : Parts();
+    const auto put = [&](const Parts& of_rows, Sums& sums) {
+      sums.directional[n] = of_rows.sum + inputs.sum;
+      sums.squares[n] = of_rows.squares + inputs.squares;
+    };
+    put(rows[next++], sums_[i]);
+    if (errors_[i].cross_fitted()) put(rows[next++], in_sample_[i]);
   }
 }
 

@@ -38,7 +38,6 @@ class RoundingJudge {
   virtual ~RoundingJudge() = default;
   // decoded, weight float32 [out, in].
   virtual RoundingError ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const = 0;
-  virtual int64_t tokens() const = 0;
 };
 
 class InputRows : public RoundingJudge {
@@ -50,7 +49,7 @@ class InputRows : public RoundingJudge {
   // [tokens, out]; undefined if there are none.
   at::Tensor x() const;
   at::Tensor lack() const;
-  int64_t tokens() const override { return tokens_; }
+  int64_t tokens() const { return tokens_; }
   // sum_t w_t |e_t|^2, the distance of the outputs from the source's before any rounding.
   double LackEnergy() const;
   // Products are taken in ProductType.
@@ -70,7 +69,7 @@ class InputMoments : public RoundingJudge {
   InputMoments WithNoise(const at::Tensor& noise) const;
   // [in, in] float32, symmetric.
   const at::Tensor& hessian() const { return hessian_; }
-  int64_t tokens() const override { return tokens_; }
+  int64_t tokens() const { return tokens_; }
   RoundingError ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const override;
 
  private:
