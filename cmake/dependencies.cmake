@@ -16,6 +16,14 @@ add_library(pq_torch INTERFACE)
 target_compile_definitions(pq_torch INTERFACE USE_C10D_GLOO USE_DISTRIBUTED USE_RPC USE_TENSORPIPE)
 target_compile_options(pq_torch INTERFACE
   "SHELL:-idirafter ${torch_folder}/include" "SHELL:-idirafter ${torch_folder}/include/torch/csrc/api/include")
+# at::parallel_for is compiled where it is used, and runs on one thread without OpenMP. The runtime is the wheel's own,
+# so that there is one pool of threads.
+target_compile_options(pq_torch INTERFACE -fopenmp)
+file(GLOB torch_openmp ${torch_folder}/lib/libgomp*.so*)
+if(NOT torch_openmp)
+  set(torch_openmp -fopenmp)
+endif()
+target_link_libraries(pq_torch INTERFACE ${torch_openmp})
 # libtorch.so has no symbols of its own: it is what loads libtorch_cuda.so where the wheel has one.
 target_link_libraries(pq_torch INTERFACE
   ${torch_folder}/lib/libtorch_cpu.so ${torch_folder}/lib/libc10.so

@@ -60,6 +60,8 @@ PQ_INLINE void GroupErrors(const GptqBlockView& block, int64_t begin, const floa
     for (int c = 0; c < kCandidates; ++c) remaining[j][c] = w[j];
   }
   for (int c = 0; c < kCandidates; ++c) errors[c] = 0;
+    // Unrolled, a group of 16 stays in registers.
+#pragma GCC unroll 16
   for (int64_t j = 0; j < kGroup; ++j) {
     const float* u = block.u + (begin + j) * block.columns + begin;
     for (int c = 0; c < kCandidates; ++c) {
@@ -67,6 +69,7 @@ PQ_INLINE void GroupErrors(const GptqBlockView& block, int64_t begin, const floa
       spread[c] = (remaining[j][c] - quantized) / u[j];
       errors[c] += spread[c] * spread[c];
     }
+#pragma GCC unroll 16
     for (int64_t k = j + 1; k < kGroup; ++k) {
       for (int c = 0; c < kCandidates; ++c) remaining[k][c] -= spread[c] * u[k];
     }

@@ -6,6 +6,7 @@
 #include <array>
 #include <set>
 
+#include "formats/extremes.h"
 #include "formats/families.h"
 
 namespace prismaquant {
@@ -51,7 +52,7 @@ Status CheckValues(const std::string& suffix, const at::Tensor& tensor) {
     return Status::InvalidInput(suffix + " " + what);
   };
   if (suffix == "weight_global_scale" || suffix == "input_global_scale") {
-    if (!(tensor > 0).all().item<bool>() || !tensor.isfinite().all().item<bool>()) {
+    if (!(tensor > 0).all().item<bool>() || !AllFinite(tensor)) {
       return bad("is not finite and positive");
     }
     return {};
@@ -68,7 +69,7 @@ Status CheckValues(const std::string& suffix, const at::Tensor& tensor) {
     return {};
   }
   if (!tensor.is_floating_point()) return {};
-  if (!tensor.isfinite().all().item<bool>()) return bad("is not finite");
+  if (!AllFinite(tensor)) return bad("is not finite");
   if (suffix == "weight_scale" && tensor.signbit().any().item<bool>()) {
     return bad("holds a negative scale");
   }

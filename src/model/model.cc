@@ -113,6 +113,8 @@ Result<at::Tensor> Model::Embed(const at::Tensor& ids, const ComputeOptions& opt
   }
   const at::Tensor rows = at::embedding(TensorFromView(view), ids);
   PQ_RETURN_IF_ERROR(checkpoint_tensors::RequireFinite(*checkpoint_, name, rows));
+  // Around each row more of the table is mapped than is read.
+  checkpoint_->DontNeed({name});
   const at::Tensor embedded = rows.to(options.device, options.dtype);
   if (embedding_scale() == 1) return embedded;
   return embedded * at::scalar_tensor(embedding_scale(), embedded.options());

@@ -9,6 +9,7 @@
 
 #include "base/interrupt.h"
 #include "base/progress.h"
+#include "formats/extremes.h"
 #include "model/layer_pages.h"
 #include "probe/blob_tensors.h"
 
@@ -50,7 +51,7 @@ Status ForwardPass::VisitLayer(const PartLayers& part, int layer, const Visit& v
     std::vector<at::Tensor> outputs;
     for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
       outputs.push_back(RunLayer(*block, sequences_.Context(part.part, n), inputs.of(n), runner));
-      if (outputs.back().isfinite().all().item<bool>()) continue;
+      if (AllFinite(outputs.back())) continue;
       return NotFinite(model_, fmt::format("the output of layer {}", layer));
     }
     return PutSequences(store_, HiddenBlob(part, layer + 1), inputs.first(), outputs);

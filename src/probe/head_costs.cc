@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/progress.h"
+#include "formats/extremes.h"
 
 namespace prismaquant {
 namespace {
@@ -40,10 +41,9 @@ class HeadPricer {
         positions_(std::move(positions)),
         products_(products),
         sequences_(sequences) {
-    scales_ = {.weight_amax = 0, .input_amax = positions_.x.abs().max().item<double>()};
+    scales_ = {.weight_amax = 0, .input_amax = LargestMagnitude(positions_.x)};
     for (const at::Tensor& rows : weight.split(kSliceRows)) {
-      scales_.weight_amax =
-          std::max(scales_.weight_amax, rows.abs().max().to(at::kDouble).item<double>());
+      scales_.weight_amax = std::max(scales_.weight_amax, LargestMagnitude(rows));
     }
     const auto count = static_cast<int64_t>(positions_.sequence_of.size());
     grad_squares_ = at::zeros({count}, at::kDouble);

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "formats/extremes.h"
+
 namespace prismaquant {
 
 at::Tensor Multiply(const LayerWeights& weights, const std::string& linear, const at::Tensor& x) {
@@ -27,7 +29,7 @@ Result<LayerWeights> LayerWeights::Load(const Model& model, int layer,
 at::Tensor MaximaRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
   if (x.numel() > 0) {
     double& amax = maxima_[linear.name];
-    amax = std::max(amax, x.abs().max().item<double>());
+    amax = std::max(amax, LargestMagnitude(x));
   }
   return Multiply(weights_, linear.name, x);
 }

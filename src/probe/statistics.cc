@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "formats/extremes.h"
 #include "kernels/row_products.h"
 
 namespace prismaquant {
@@ -112,7 +113,7 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
     : scales_(scales), errors_(std::move(errors)) {
   stats_.name = linear.name;
   stats_.layer = linear.layer;
-  stats_.weight_amax = weight.abs().max().to(at::kDouble).item<double>();
+  stats_.weight_amax = LargestMagnitude(weight);
   stats_.input_amax = scales.input_amax;
   sums_.assign(errors_.size(), Sums(sequences));
   in_sample_ = sums_;

@@ -11,6 +11,7 @@
 #include "base/interrupt.h"
 #include "base/progress.h"
 #include "base/sha256.h"
+#include "formats/extremes.h"
 #include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
 #include "model/layer_pages.h"
@@ -239,7 +240,7 @@ class Renderer {
     for (const LinearInfo& linear : run.linears) {
       PQ_ASSIGN_OR_RETURN(at::Tensor weight, model_.LoadWeight(linear));
       double& amax = maxima[linear.scale_group];
-      amax = std::max(amax, weight.abs().max().to(at::kDouble).item<double>());
+      amax = std::max(amax, LargestMagnitude(weight));
       stored.push_back(std::move(weight));
     }
     for (size_t i = 0; i < run.linears.size(); ++i) {

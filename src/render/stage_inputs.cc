@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <utility>
 
+#include "formats/extremes.h"
+
 namespace prismaquant {
 
 InputSet::InputSet(std::vector<at::Tensor> inputs) : inputs_(std::move(inputs)) {
   for (const at::Tensor& x : inputs_) {
     if (x.numel() == 0) continue;
-    amax_ = std::max(amax_, x.abs().max().item<double>());
+    amax_ = std::max(amax_, LargestMagnitude(x));
     tokens_ += x.numel() / x.size(-1);
   }
 }

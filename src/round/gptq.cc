@@ -7,6 +7,8 @@
 #include <cmath>
 #include <utility>
 
+#include "formats/extremes.h"
+#include "kernels/gather.h"
 #include "kernels/gptq.h"
 #include "round/scale_sweep.h"
 
@@ -27,38 +29,48 @@ constexpr int64_t kLargestFloat64 = 4096;
 // and no other bit.
 double PowerOfFour(double x) { return std::exp2(2 * std::floor(std::log2(x) / 2)); }
 
-// The Cholesky factor of a damped Hessian over `unit`.
-struct Factor {
-  at::Tensor lower;  // undefined if it cannot be had
-  double unit = 1;
-};
-
 at::ScalarType FactorType(int64_t columns) {
   return columns <= kLargestFloat64 ? at::kDouble : at::kFloat;
 }
 
-// A column without inputs has the damping alone for its diagonal. `type`: that of the factor.
-Factor FactorDamped(const at::Tensor& hessian, double damping, at::ScalarType type) {
-  const double mean = hessian.diagonal().to(at::kDouble).mean().item<double>();
-  if (!(mean > 0) || !hessian.isfinite().all().item<bool>()) return {};
-  const double unit = PowerOfFour(mean);
-  at::Tensor damped = hessian.to(type) / unit;
-  damped.diagonal().add_(damping * mean / unit);
-  const auto [lower, failed] = at::linalg_cholesky_ex(damped);
-  if (failed.item<int>() != 0) return {};
-  return {.lower = lower, .unit = unit};
-}
+// A matrix over `unit`, with damping on its diagonal.
+class DampedMatrix {
+ public:
+  // `matrix`: symmetric; overwritten if it is of `type`, that of the factor.
+  DampedMatrix(at::Tensor matrix, at::ScalarType type)
+      : mean_(AllFinite(matrix) ? matrix.diagonal().to(at::kDouble).mean().item<double>() : 0),
+        unit_(IsUsable() ? PowerOfFour(mean_) : 1),
+        matrix_(matrix.to(type).div_(unit_)),
+        diagonal_(matrix_.diagonal().clone()) {}
+
+  double unit() const { return unit_; }
+  // The lower Cholesky factor; a row without inputs has the damping alone for its diagonal.
+  // Undefined if it cannot be had.
+  at::Tensor Factor(double damping) {
+    if (!IsUsable()) return {};
+    matrix_.diagonal().copy_(diagonal_ + damping * mean_ / unit_);
+    const auto [lower, failed] = at::linalg_cholesky_ex(matrix_);
+    return failed.item<int>() == 0 ? lower : at::Tensor();
+  }
+
+ private:
+  bool IsUsable() const { return mean_ > 0; }
+
+  double mean_, unit_;  // of the diagonal; 0 if an element is not finite
+  at::Tensor matrix_, diagonal_;
+};
 
 // The Cholesky factor L of the damped Hessian with rows and columns reversed, up to a positive
 // multiple, float32; undefined if it cannot be had. `reversed`: that Hessian.
-at::Tensor ReversedFactor(const at::Tensor& reversed, double damping) {
+at::Tensor ReversedFactor(at::Tensor reversed, double damping) {
+  const at::ScalarType type = FactorType(reversed.size(0));
+  DampedMatrix damped(std::move(reversed), type);
   for (int attempt = 0; attempt <= kDampingRetries; ++attempt) {
-    const Factor factor = FactorDamped(reversed, damping, FactorType(reversed.size(0)));
+    const at::Tensor factor = damped.Factor(damping);
     damping = std::max(damping * 10, kSmallestRetry);
-    if (!factor.lower.defined()) continue;
-    at::Tensor lower = factor.lower.to(at::kFloat);
-    if (lower.isfinite().all().item<bool>() && (lower.diagonal() > 0).all().item<bool>())
-      return lower;
+    if (!factor.defined()) continue;
+    at::Tensor lower = factor.to(at::kFloat);
+    if (AllFinite(lower) && (lower.diagonal() > 0).all().item<bool>()) return lower;
   }
   return {};
 }
@@ -98,8 +110,8 @@ struct Order {
 
   void Restore(GridState& state) const {
     const at::Tensor back = at::argsort(columns);
-    state.codes = state.codes.index_select(1, back);
-    if (state.group > 0) state.scale = state.scale.index_select(1, at::argsort(groups));
+    state.codes = ops::Gather(state.codes, back);
+    if (state.group > 0) state.scale = ops::Gather(state.scale, at::argsort(groups));
   }
 };
 
@@ -170,29 +182,29 @@ StoredTensors ToStored(const Format& format, const GridState& state, StoredTenso
 }
 
 // S of CorrectedWeight, float32 [out, in]; undefined if it cannot be had. Of fewer tokens than
-// inputs it is E^T (X X^T + d I)^-1 X, which is the same and less work.
+// inputs it is E^T (X X^T + d I)^-1 X, which is the same and less work, multiplied from the side
+// that leaves the smaller matrix.
 at::Tensor CorrectionStep(const at::Tensor& hessian, const InputRows& train) {
   const at::Tensor x = train.x(), lack = train.lack();
   const at::ScalarType products = x.scalar_type();
-  const int64_t tokens = x.size(0), in = x.size(1);
+  const int64_t tokens = x.size(0), in = x.size(1), out = lack.size(1);
   const auto multiply = [&](const at::Tensor& a, const at::Tensor& b) {
     return at::matmul(a.to(products), b.to(products)).to(at::kFloat);
   };
   // Beside products in bfloat16 a factor in float32 is exact.
   const at::ScalarType type =
       products == at::kBFloat16 ? at::kFloat : FactorType(std::min(tokens, in));
-  if (tokens < in) {
-    const double damping =
-        kCorrectionDamping * static_cast<double>(tokens) / static_cast<double>(in);
-    const Factor factor = FactorDamped(multiply(x, x.t()), damping, type);
-    if (!factor.lower.defined()) return {};
-    const at::Tensor share = lack.to(factor.lower.scalar_type()) / factor.unit;
-    return multiply(at::cholesky_solve(share, factor.lower).t(), x);
-  }
-  const Factor factor = FactorDamped(hessian, kCorrectionDamping, type);
-  if (!factor.lower.defined()) return {};
-  const at::Tensor pull = multiply(lack.t(), x) / factor.unit;
-  return multiply(pull, at::cholesky_inverse(factor.lower));
+  const bool by_tokens = tokens < in;
+  const double share = static_cast<double>(tokens) / static_cast<double>(in);
+  DampedMatrix damped(by_tokens ? multiply(x, x.t()) : hessian.clone(), type);
+  const at::Tensor factor = damped.Factor(kCorrectionDamping * (by_tokens ? share : 1));
+  if (!factor.defined()) return {};
+  const at::Tensor inverse = at::cholesky_inverse(factor);
+  const at::Tensor wanted = lack.t();
+  if (!by_tokens) return multiply(multiply(wanted, x), inverse).div_(damped.unit());
+  const at::Tensor step =
+      in < out ? multiply(wanted, multiply(inverse, x)) : multiply(multiply(wanted, inverse), x);
+  return step.div_(damped.unit());
 }
 
 // Rounds block by block of columns. What the columns before a block left, E = W - W_q, moves it by
@@ -245,8 +257,8 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
   StoredTensors rtn = format.Encode(weight, shared, source);
   const Order order = OrderByImportance(format, hessian);
   const at::Tensor backwards = order.columns.flip(0);
-  const at::Tensor factor = ReversedFactor(
-      hessian.index_select(0, backwards).index_select(1, backwards), options.damping);
+  const at::Tensor factor =
+      ReversedFactor(ops::Gather(hessian.contiguous(), backwards, backwards), options.damping);
   if (!factor.defined()) {
     result.decoded = format.Decode(rtn);
     result.stored = std::move(rtn);
@@ -254,7 +266,7 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
     return result;
   }
   GridState state = MakeGrid(format, rtn, weight.size(0), weight.size(1));
-  RunColumns(weight.index_select(1, order.columns), factor, options, state);
+  RunColumns(ops::Gather(weight.contiguous(), order.columns), factor, options, state);
   order.Restore(state);
   result.stored = ToStored(format, state, std::move(rtn));
   if (options.sweep && format.grid() == Grid::kE2M1Group16) {

@@ -4,13 +4,16 @@
 
 #include <algorithm>
 
+#include "kernels/row_products.h"
+
 namespace prismaquant {
 namespace {
 
 constexpr int64_t kBlockTokens = 4096;
 
+// Both contiguous and float32.
 double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
-  return (a * b).sum(-1).sum(at::kDouble).item<double>();
+  return ops::RowProducts(a, {b}).sum(at::kDouble).item<double>();
 }
 
 // `rows` [tokens, ..] times the root of each token's weight.
