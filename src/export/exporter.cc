@@ -1,5 +1,6 @@
 #include "export/exporter.h"
 
+#include <ATen/record_function.h>
 #include <fmt/format.h>
 #include <torch/torch.h>
 
@@ -146,7 +147,7 @@ Status PassThrough(const Model& model, const std::string& name,
     PQ_RETURN_IF_ERROR(sink(TensorBytes(tensor.contiguous())));
   } else {
     PQ_ASSIGN_OR_RETURN(const TensorView view, model.checkpoint().Get(name));
-    PQ_RETURN_IF_ERROR(sink(view.bytes));
+    PQ_RETURN_IF_ERROR(model.checkpoint().ForEachPiece(view, sink));
   }
   model.checkpoint().DontNeed({name});
   return {};
@@ -203,6 +204,7 @@ Result<std::map<std::string, std::string>> OtherFiles(const ExportPlan& plan) {
 }
 
 Status VerifyFolder(const std::filesystem::path& folder, const Checkpoint& source) {
+  RECORD_USER_SCOPE("verify");
   PQ_ASSIGN_OR_RETURN(const Checkpoint written, Checkpoint::Open(folder));
   return VerifyCheckpoint(written, &source);
 }

@@ -87,12 +87,13 @@ Result<StoredLinear> LinearFromTensors(const std::string& module, const StoredTe
   return linear;
 }
 
-Status CheckTensors(const LinearMap& linears, const ModuleTensors& modules) {
+Status CheckTensors(const Checkpoint& out, const LinearMap& linears, const ModuleTensors& modules) {
   for (const auto& [name, linear] : linears) {
     if (!linear.packed.tensor.empty()) continue;
     const Status status = CheckStored(*linear.format, MapStored(modules.at(name)), linear.out,
                                       linear.in, linear.dtype);
     if (!status.ok()) return Status::Unmet(fmt::format("{}: {}", name, status.message()));
+    for (const auto& [suffix, view] : modules.at(name)) out.DontNeed({view->name});
   }
   return {};
 }
@@ -232,7 +233,23 @@ Status CheckCopies(const Checkpoint& out, const Checkpoint& source) {
   return {};
 }
 
-Status CheckSameTensor(const TensorView& out, const Model& model, const TensorView& source) {
+// Both tensors' pages are given back as they are compared.
+Result<bool> AreCopies(const Checkpoint& out_checkpoint, const TensorView& out,
+                       const Checkpoint& source_checkpoint, const TensorView& source) {
+  if (out.bytes.size() != source.bytes.size()) return false;
+  bool same = true;
+  size_t begin = 0;
+  PQ_RETURN_IF_ERROR(out_checkpoint.ForEachPiece(out, [&](auto piece) -> Status {
+    same = same && SameBytes(piece, source.bytes.subspan(begin, piece.size()));
+    source_checkpoint.DontNeed(source, begin, piece.size());
+    begin += piece.size();
+    return {};
+  }));
+  return same;
+}
+
+Status CheckSameTensor(const Checkpoint& checkpoint, const TensorView& out, const Model& model,
+                       const TensorView& source) {
   if (out.dtype != source.dtype || out.shape != source.shape) {
     return Status::Unmet(fmt::format("tensor {}: is {} [{}], expected {} [{}] as in the source",
                                      out.name, DTypeName(out.dtype), fmt::join(out.shape, ", "),
@@ -244,7 +261,8 @@ Status CheckSameTensor(const TensorView& out, const Model& model, const TensorVi
     return Status::Unmet(fmt::format("tensor {}: differs from the source's smoothed as {} says",
                                      out.name, kRecordFile));
   }
-  if (SameBytes(out.bytes, source.bytes)) return {};
+  PQ_ASSIGN_OR_RETURN(const bool same, AreCopies(checkpoint, out, model.checkpoint(), source));
+  if (same) return {};
   return Status::Unmet(
       fmt::format("tensor {}: differs from the source's, expected a copy", out.name));
 }
@@ -288,7 +306,8 @@ Status CheckTensorOrigin(const Checkpoint& out, const Model& model, const Linear
     if (original == nullptr) {
       return Status::Unmet(fmt::format("tensor {}: the source has none such", name));
     }
-    if (owner == nullptr) PQ_RETURN_IF_ERROR(CheckSameTensor(*out.Find(name), model, *original));
+    if (owner == nullptr)
+      PQ_RETURN_IF_ERROR(CheckSameTensor(out, *out.Find(name), model, *original));
     shape = original->shape;
     source.DontNeed({original->name});
   }
@@ -349,7 +368,7 @@ Status Verify(const Checkpoint& out, const Checkpoint* source) {
   LinearMap linears;
   PQ_ASSIGN_OR_RETURN(linears, ReadStoredLinears(*model));
   const ModuleTensors modules = GroupByModule(out);
-  PQ_RETURN_IF_ERROR(CheckTensors(linears, modules));
+  PQ_RETURN_IF_ERROR(CheckTensors(out, linears, modules));
   PQ_RETURN_IF_ERROR(CheckStrays(linears, modules));
   PQ_RETURN_IF_ERROR(CheckExperts(*model));
   PQ_RETURN_IF_ERROR(CheckFused(linears, modules));

@@ -17,6 +17,8 @@ namespace stdfs = std::filesystem;
 constexpr char kSingleFile[] = "model.safetensors";
 constexpr char kIndexFile[] = "model.safetensors.index.json";
 constexpr size_t kSampleBytes = 64 * 1024;
+// Of what is read through once.
+constexpr size_t kPieceBytes = size_t{64} << 20;
 constexpr uintmax_t kLargestPassthrough = 64 * 1024 * 1024;
 
 // Tensor -> name of the file that holds it.
@@ -239,6 +241,16 @@ bool IsPassthroughName(const std::string& name) {
          name.starts_with("LICENSE") || name.starts_with("NOTICE");
 }
 
+Status VisitPieces(const MappedFile& mapping, std::span<const std::byte> bytes,
+                   const Checkpoint::Visit& visit) {
+  for (size_t begin = 0; begin < bytes.size(); begin += kPieceBytes) {
+    const auto piece = bytes.subspan(begin, std::min(kPieceBytes, bytes.size() - begin));
+    PQ_RETURN_IF_ERROR(visit(piece));
+    mapping.DontNeed(piece);
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<Checkpoint> Checkpoint::Open(const stdfs::path& folder) {
@@ -319,6 +331,26 @@ void Checkpoint::DontNeed(const std::vector<std::string>& names) const {
   }
 }
 
+void Checkpoint::DontNeed(const TensorView& tensor, size_t begin, size_t bytes) const {
+  file_of_.at(tensor.name)->mapping().DontNeed(tensor.bytes.subspan(begin, bytes));
+}
+
+Status Checkpoint::ForEachPiece(const TensorView& tensor, const Visit& visit) const {
+  return VisitPieces(file_of_.at(tensor.name)->mapping(), tensor.bytes, visit);
+}
+
+Result<std::string> Checkpoint::ContentHash() const {
+  Sha256 hash;
+  const Visit add = [&](std::span<const std::byte> piece) {
+    hash.Update(piece);
+    return CheckInterrupted();
+  };
+  for (const auto& file : files_) {
+    PQ_RETURN_IF_ERROR(VisitPieces(file->mapping(), file->mapping().bytes(), add));
+  }
+  return hash.Hex();
+}
+
 Result<std::string> Checkpoint::Fingerprint() const {
   Sha256 hash;
   hash.Update(config_.dump());
@@ -371,6 +403,9 @@ Status CheckpointWriter::Write(FileSystem& fs, const stdfs::path& out, const Opt
   PQ_RETURN_IF_ERROR(Recover(fs, siblings, target));
   PQ_RETURN_IF_ERROR(CheckDestination(target, options.overwrite));
   PQ_RETURN_IF_ERROR(fs.RemoveAll(siblings.partial));
+  std::vector<TensorSpec> specs;
+  for (const Tensor& tensor : tensors) specs.push_back(tensor.spec);
+  PQ_RETURN_IF_ERROR(RequireRoom(fs, target.parent_path(), FileBytes(specs, options)));
   Status status = WriteFolder(fs, siblings.partial, options.shard_bytes, tensors, files);
   if (status.ok() && options.check) status = options.check(siblings.partial);
   if (status.ok()) status = Install(fs, siblings, target);

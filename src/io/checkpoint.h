@@ -42,6 +42,12 @@ class Checkpoint {
   // Read-ahead for the named tensors; unknown names are ignored.
   void WillNeed(const std::vector<std::string>& names) const;
   void DontNeed(const std::vector<std::string>& names) const;
+  // Of `bytes` bytes of a tensor, from its byte `begin` on.
+  void DontNeed(const TensorView& tensor, size_t begin, size_t bytes) const;
+  // Hands out the bytes of a tensor in pieces, in order, and gives back the memory of each piece
+  // when `visit` is done with it. Stops at the first failure.
+  using Visit = std::function<Status(std::span<const std::byte>)>;
+  Status ForEachPiece(const TensorView& tensor, const Visit& visit) const;
   // Bytes of all its *.safetensors files, headers included.
   int64_t file_bytes() const { return file_bytes_; }
   // Number of elements of all tensors.
@@ -50,6 +56,8 @@ class Checkpoint {
   // header and the first, middle and last 64 KiB of data: two checkpoints with the same fingerprint
   // are the same for all that the run store cares about.
   Result<std::string> Fingerprint() const;
+  // Hex SHA-256 over every byte of the weights files, which takes as long as reading them.
+  Result<std::string> ContentHash() const;
 
  private:
   Checkpoint() = default;

@@ -294,6 +294,14 @@ TEST_P(CheckpointWriterFaultTest, DiskThatFillsUpLeavesTheOldFolder) {
   ExpectComplete();
 }
 
+TEST_P(CheckpointWriterFaultTest, DiskThatIsTooSmallIsNotWrittenTo) {
+  Reset();
+  FaultyFileSystem full;
+  full.ReportFree(1);
+  ExpectRefused(Write(full, options()), StatusCode::kSystem, {"no space left", "are missing"});
+  EXPECT_EQ(folder_.List(), Before());
+}
+
 INSTANTIATE_TEST_SUITE_P(Fresh, CheckpointWriterFaultTest, ::testing::Values(false));
 INSTANTIATE_TEST_SUITE_P(Replacing, CheckpointWriterFaultTest, ::testing::Values(true));
 

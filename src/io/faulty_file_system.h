@@ -29,6 +29,8 @@ class FaultyFileSystem : public FileSystem {
   void FailFrom(int64_t n);
   // Once `bytes` were appended, to all files together, Append fails with "No space left on device".
   void LimitBytes(int64_t bytes) { room_ = bytes; }
+  // What FreeBytes says from now on.
+  void ReportFree(int64_t bytes) { free_ = bytes; }
   // Number of operations so far, failed ones included.
   int64_t operations() const { return operations_; }
 
@@ -37,6 +39,7 @@ class FaultyFileSystem : public FileSystem {
   Status Rename(const std::filesystem::path& from, const std::filesystem::path& to) override;
   Status RemoveAll(const std::filesystem::path& path) override;
   Status SyncDirectory(const std::filesystem::path& path) override;
+  int64_t FreeBytes(const std::filesystem::path&) override { return free_; }
 
  private:
   class File;
@@ -48,6 +51,7 @@ class FaultyFileSystem : public FileSystem {
   int64_t operations_ = 0;
   int64_t first_ = kNever, last_ = kNever;
   int64_t room_ = kNever;
+  int64_t free_ = kNever;
 };
 
 }  // namespace prismaquant

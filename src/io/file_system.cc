@@ -9,8 +9,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
+
+#include "base/progress.h"
 
 namespace prismaquant {
 namespace {
@@ -145,6 +148,18 @@ class PosixFileSystem : public FileSystem {
     // EINVAL: the file system has no such operation and needs none.
     return code == 0 || error == EINVAL ? Status() : SystemError(path, "syncing the folder", error);
   }
+  int64_t FreeBytes(const stdfs::path& path) override {
+    constexpr auto kUnknown = std::numeric_limits<int64_t>::max();
+    std::error_code error;
+    stdfs::path folder = stdfs::absolute(path, error);
+    while (!stdfs::exists(folder, error) && folder.has_relative_path()) {
+      folder = folder.parent_path();
+    }
+    const stdfs::space_info space = stdfs::space(folder, error);
+    return error || space.available > static_cast<uintmax_t>(kUnknown)
+               ? kUnknown
+               : static_cast<int64_t>(space.available);
+  }
 };
 
 std::span<const std::byte> PageAligned(std::span<const std::byte> range) {
@@ -159,6 +174,14 @@ std::span<const std::byte> PageAligned(std::span<const std::byte> range) {
 FileSystem& FileSystem::Default() {
   static PosixFileSystem file_system;
   return file_system;
+}
+
+Status RequireRoom(FileSystem& fs, const stdfs::path& folder, int64_t bytes) {
+  const int64_t free = fs.FreeBytes(folder);
+  if (bytes <= free) return {};
+  return Status::System(fmt::format(
+      "{}: no space left: {} are to be written, {} are free, {} are missing", folder.string(),
+      FormatBytes(bytes), FormatBytes(free), FormatBytes(bytes - free)));
 }
 
 namespace {

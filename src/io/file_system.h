@@ -8,6 +8,7 @@
 // The default file system is stateless and thread-safe. A WritableFile belongs to one thread.
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <span>
@@ -39,7 +40,13 @@ class FileSystem {
   virtual Status RemoveAll(const std::filesystem::path& path) = 0;
   // Makes renames and creations inside the folder durable.
   virtual Status SyncDirectory(const std::filesystem::path& path) = 0;
+  // What can still be written where the folder `path` lies or will lie; the largest number if the
+  // system does not say.
+  virtual int64_t FreeBytes(const std::filesystem::path& path) = 0;
 };
+
+// kSystem, saying how much is missing, if the folder has no room for `bytes` more.
+Status RequireRoom(FileSystem& fs, const std::filesystem::path& folder, int64_t bytes);
 
 // Writes `contents` beside `path`, syncs, and renames over it: afterwards `path` holds the old or
 // the new contents, and nothing lies beside it.

@@ -50,6 +50,7 @@ class SnapshotFileSystem : public FileSystem {
     Snap();
     return base_.SyncDirectory(path);
   }
+  int64_t FreeBytes(const std::filesystem::path& path) override { return base_.FreeBytes(path); }
 
  private:
   void Snap() {

@@ -305,7 +305,12 @@ Status RunStore::PutBlob(const std::string& name, const std::vector<BlobTensor>&
   const std::filesystem::path partial = path.string() + ".partial";
   PQ_RETURN_IF_ERROR(fs_->CreateDirectories(path.parent_path()));
   std::vector<TensorSpec> specs;
-  for (const BlobTensor& tensor : tensors) specs.push_back(tensor.spec);
+  int64_t bytes = 0;
+  for (const BlobTensor& tensor : tensors) {
+    specs.push_back(tensor.spec);
+    bytes += tensor.spec.bytes();
+  }
+  PQ_RETURN_IF_ERROR(RequireRoom(*fs_, path.parent_path(), bytes));
   PQ_ASSIGN_OR_RETURN(SafetensorsWriter writer,
                       SafetensorsWriter::Create(*fs_, partial, specs, {}));
   for (const BlobTensor& tensor : tensors) PQ_RETURN_IF_ERROR(writer.Append(tensor.bytes));

@@ -332,5 +332,19 @@ TEST_F(RunStoreTest, AFullDiskIsASystemError) {
   EXPECT_FALSE(store.Blob("b").ok());
 }
 
+TEST_F(RunStoreTest, WhatDoesNotFitIsNotBegun) {
+  FaultyFileSystem full;
+  RunStore store = RunStore::Open(full, folder_ / "work").value();
+  full.ReportFree(400);
+  const Status status = Put(store, "b", std::string(1000, 'x'));
+  EXPECT_EQ(status.code(), StatusCode::kSystem);
+  EXPECT_THAT(status.message(),
+              HasSubstr("1.0 kB are to be written, 400 bytes are free, 600 bytes are missing"));
+  EXPECT_FALSE(store.Blob("b").ok());
+  full.ReportFree(1000);
+  EXPECT_TRUE(Put(store, "b", std::string(1000, 'x')).ok());
+  EXPECT_EQ(Get(store, "b"), std::string(1000, 'x'));
+}
+
 }  // namespace
 }  // namespace prismaquant
