@@ -2,13 +2,11 @@
 #define PRISMAQUANT_BASE_PROGRESS_H_
 
 // Progress: a line on standard error with rate and time left for a stage of known length. On a
-// terminal the line is redrawn; elsewhere a plain line appears now and then. StageTimes: how long
-// each stage took and the arithmetic it did, for the final table. Both belong to one thread.
+// terminal the line is redrawn; elsewhere a plain line appears now and then. Belongs to one thread.
 
 #include <chrono>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 namespace prismaquant {
 
@@ -35,13 +33,6 @@ class Progress {
   int64_t total_, done_ = 0, skipped_ = 0;
   bool terminal_, line_open_ = false;
   Clock::time_point start_, drawn_;
-};
-
-struct StageTime {
-  std::string stage;
-  double seconds = 0;
-  double flops = 0;  // multiply-adds count two; 0 if not counted
-  double bytes = 0;  // read from or written to storage
 };
 
 // Largest resident set of this process so far, in bytes.

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cli/delivery.h"
+#include "cli/run_forecast.h"
 #include "cli/tables.h"
 #include "export/exporter.h"
 #include "io/file_system.h"
@@ -19,6 +20,7 @@ struct ExportFlags {
   bool overwrite = false;
   PlanFlags plan;
   RenderFlags render;
+  RunFlags run;
 };
 
 // Flags under which the units are those of the choices.
@@ -67,7 +69,7 @@ Status TakeChoices(Session& session, const std::string& file, Delivery& delivery
 }
 
 Status RunExport(const ExportFlags& flags) {
-  PQ_ASSIGN_OR_RETURN(const auto session, Session::Resume(flags.work));
+  PQ_ASSIGN_OR_RETURN(const auto session, Session::Resume(flags.work, flags.run));
   Delivery delivery{.out = flags.out, .overwrite = flags.overwrite, .base_model = flags.base_model};
   if (!flags.choices.empty()) {
     PQ_RETURN_IF_ERROR(TakeChoices(*session, flags.choices, delivery));
@@ -84,9 +86,17 @@ Status RunExport(const ExportFlags& flags) {
                       JointLoss(session->model(), session->store(), session->loss_tokens(),
                                 delivery.plan.choices, CostRounding(flags.plan)));
   PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
+  const RunSettings settings{.compute = session->compute(),
+                             .probe = false,
+                             .rendering = delivery.render,
+                             .bits = delivery.plan.bpp};
+  PQ_ASSIGN_OR_RETURN(const RunForecast forecast,
+                      ForecastRun(*session, settings, flags.run, flags.work));
+  if (flags.run.dry_run) return ReportForecast(forecast, "");
+  PQ_RETURN_IF_ERROR(forecast.CheckMemory());
   PrintPlan(delivery.plan, delivery.sweep, session->labels());
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));
-  PrintTimes(session->times());
+  PrintProfile(session->profile(), &forecast, flags.run.profile);
   return {};
 }
 
@@ -102,6 +112,7 @@ Command AddExportCommand(CLI::App& app) {
                       "Take the formats from this JSON of allocate, edited or not");
   flags->plan.Register(*command);
   flags->render.Register(*command);
+  flags->run.Register(*command);
   command->add_option("--base-model", flags->base_model, "Name of the source model in the card");
   command->add_flag("--overwrite", flags->overwrite, "Replace OUT if it exists");
   return {command, [flags] { return RunExport(*flags); }};

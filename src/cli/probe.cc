@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "cli/run_forecast.h"
 #include "cli/session.h"
 #include "cli/tables.h"
 
@@ -13,27 +14,35 @@ struct ProbeFlags {
   std::string source, work, json, cost_render = PlanFlags().cost_render;
   std::vector<std::string> formats;
   CalibrationFlags calibration;
+  RunFlags run;
 };
 
 Status RunProbeCommand(const ProbeFlags& flags) {
   PQ_ASSIGN_OR_RETURN(const auto session,
-                      Session::Start(flags.source, flags.work, flags.calibration));
-  PQ_RETURN_IF_ERROR(session->Smooth());
+                      Session::Start(flags.source, flags.work, flags.calibration, flags.run));
   std::vector<std::string> gptq_formats;
   if (flags.cost_render == "gptq") {
     gptq_formats = flags.formats.empty() ? AdmittedFormats({}) : flags.formats;
   }
+  const RunSettings settings{.compute = session->compute(),
+                             .smooth = flags.calibration.smooth,
+                             .render = false,
+                             .priced = session->Priced(flags.formats),
+                             .gptq_priced = FindFormats(gptq_formats)};
+  PQ_ASSIGN_OR_RETURN(const RunForecast forecast,
+                      ForecastRun(*session, settings, flags.run, flags.work));
+  if (flags.run.dry_run) return ReportForecast(forecast, flags.json);
+  PQ_RETURN_IF_ERROR(forecast.CheckMemory());
+  PQ_RETURN_IF_ERROR(session->Smooth());
   PQ_RETURN_IF_ERROR(session->Probe(flags.formats, gptq_formats));
   PQ_ASSIGN_OR_RETURN(const Json json,
                       ProbeToJson(session->model(), session->store(), session->loss_tokens()));
   if (flags.json != "-") {
     const LossTokens tokens = session->loss_tokens();
-    fmt::print(
-        "{} Linears probed on {} tokens of text, {} of captions and {} of the MTP head in {}, peak "
-        "memory {}\n",
-        json["linears"].size(), tokens.text, tokens.caption, tokens.mtp,
-        FormatSeconds(session->times().back().seconds), FormatBytes(PeakMemoryBytes()));
+    fmt::print("{} Linears probed on {} tokens of text, {} of captions and {} of the MTP head\n",
+               json["linears"].size(), tokens.text, tokens.caption, tokens.mtp);
     PQ_RETURN_IF_ERROR(PrintHeadCosts(*session));
+    PrintProfile(session->profile(), session->is_fresh() ? &forecast : nullptr, flags.run.profile);
   }
   return WriteJson(json, flags.json);
 }
@@ -47,6 +56,7 @@ Command AddProbeCommand(CLI::App& app) {
   command->add_option("SRC", flags->source, "Source checkpoint folder")->required();
   command->add_option("--work", flags->work, "Run store folder")->required();
   flags->calibration.Register(*command);
+  flags->run.Register(*command);
   command
       ->add_option("--formats", flags->formats,
                    "Formats to price beside nvfp4, fp8, mxfp8 and bf16, which always are")

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cli/delivery.h"
+#include "cli/run_forecast.h"
 #include "cli/tables.h"
 #include "cli/validate.h"
 #include "data/bundled_text.h"
@@ -24,6 +25,7 @@ struct QuantizeFlags {
   CalibrationFlags calibration;
   PlanFlags plan;
   RenderFlags render;
+  RunFlags run;
 };
 
 constexpr int64_t kEvaluationWindow = 512;
@@ -170,10 +172,19 @@ Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& ses
   return {};
 }
 
-Json TimesToJson(const std::vector<StageTime>& times) {
-  Json json = Json::object();
-  for (const StageTime& time : times) json[time.stage] = time.seconds;
-  return json;
+// What the run is to do.
+RunSettings Settings(const QuantizeFlags& flags, const Session& session,
+                     const RenderOptions& rendering) {
+  RunSettings settings{.compute = session.compute(),
+                       .smooth = flags.calibration.smooth,
+                       .probe = flags.uniform.empty(),
+                       .rendering = rendering};
+  const std::vector<std::string> formats = AdmittedFormats(flags.plan);
+  settings.priced = session.Priced(formats);
+  if (CostRounding(flags.plan) == Rounding::kGptq) settings.gptq_priced = FindFormats(formats);
+  if (flags.plan.budget.bpp) settings.bits = *flags.plan.budget.bpp;
+  if (!flags.no_eval) settings.evaluation_tokens = flags.eval_tokens;
+  return settings;
 }
 
 Status PrintResult(const Session& session, const Delivery& delivery) {
@@ -203,8 +214,15 @@ Status RunQuantize(const QuantizeFlags& flags) {
     return Status::InvalidInput(
         fmt::format("{}: exists already; --overwrite replaces it", flags.out));
   }
-  PQ_ASSIGN_OR_RETURN(const auto session, Session::Start(flags.source, work, flags.calibration));
+  PQ_ASSIGN_OR_RETURN(const auto session,
+                      Session::Start(flags.source, work, flags.calibration, flags.run));
   PQ_RETURN_IF_ERROR(ToBudget(flags.plan.budget, session->model(), session->labels()).status());
+  PQ_ASSIGN_OR_RETURN(const RenderOptions rendering,
+                      ToRenderOptions(flags.render, session->compute()));
+  PQ_ASSIGN_OR_RETURN(const RunForecast forecast,
+                      ForecastRun(*session, Settings(flags, *session, rendering), flags.run, work));
+  if (flags.run.dry_run) return ReportForecast(forecast, flags.json);
+  PQ_RETURN_IF_ERROR(forecast.CheckMemory());
   PQ_ASSIGN_OR_RETURN(HeldOutText text, ReadHeldOut(flags, *session));
   const Calibration held_out{.text = std::move(text.result),
                              .captions = session->held_out_captions()};
@@ -212,8 +230,8 @@ Status RunQuantize(const QuantizeFlags& flags) {
                     .overwrite = flags.overwrite,
                     .base_model = flags.base_model,
                     .command = ReproducingCommand(flags),
-                    .calibration = CalibrationName(flags.calibration.file)};
-  PQ_ASSIGN_OR_RETURN(delivery.render, ToRenderOptions(flags.render, session->compute()));
+                    .calibration = CalibrationName(flags.calibration.file),
+                    .render = rendering};
   if (flags.validate > 0 && session->labels() != LabelRule::kSampled) {
     return Status::InvalidInput(
         "--validate: with --labels data there is no predicted KL to compare with");
@@ -239,9 +257,11 @@ Status RunQuantize(const QuantizeFlags& flags) {
   if (delivery.validation) json["validation"] = delivery.validation->ToJson();
   if (flags.json != "-") PQ_RETURN_IF_ERROR(PrintResult(*session, delivery));
   if (!flags.no_eval) PQ_RETURN_IF_ERROR(Measure(held_out, flags, *session, delivery, json));
-  if (flags.json != "-") PrintTimes(session->times());
-  json["seconds"] = TimesToJson(session->times());
-  json["peak_memory_bytes"] = PeakMemoryBytes();
+  if (flags.json != "-") {
+    PrintProfile(session->profile(), session->is_fresh() ? &forecast : nullptr, flags.run.profile);
+  }
+  json["forecast"] = forecast.ToJson();
+  AddProfile(session->profile(), flags.run.profile, json);
   return WriteJson(json, flags.json);
 }
 
@@ -262,6 +282,7 @@ Command AddQuantizeCommand(CLI::App& app) {
           "Give every Linear this format; needs no probe, so GPTQ weights all tokens alike")
       ->check(CLI::IsMember(FormatNames()));
   flags->render.Register(*command);
+  flags->run.Register(*command);
   command
       ->add_option("--validate", flags->validate,
                    "Render this many plans, measure their KL on the last tenth of the calibration "

@@ -1,10 +1,10 @@
 #include "cli/session.h"
 
+#include <ATen/record_function.h>
 #include <fmt/format.h>
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "cli/calibration_store.h"
@@ -51,6 +51,16 @@ std::vector<std::string> FormatNames() {
   std::vector<std::string> names;
   for (const Format* format : AllFormats()) names.emplace_back(format->name());
   return names;
+}
+
+std::vector<const Format*> FindFormats(const std::vector<std::string>& names) {
+  std::vector<const Format*> found;
+  for (const Format* format : AllFormats()) {
+    if (std::find(names.begin(), names.end(), format->name()) != names.end()) {
+      found.push_back(format);
+    }
+  }
+  return found;
 }
 
 void CalibrationFlags::Register(CLI::App& command) {
@@ -187,11 +197,22 @@ Status Session::ReadCalibration(const CalibrationFlags& flags) {
   return {};
 }
 
+Status Session::CheckContent() {
+  PQ_ASSIGN_OR_RETURN(const std::string hash, checkpoint_->ContentHash());
+  PQ_ASSIGN_OR_RETURN(const auto known, store_->Note(kContentNote));
+  if (!known) return store_->PutNote(kContentNote, hash);
+  if (*known == hash) return {};
+  return Status::InvalidInput(
+      fmt::format("{}: the weights have SHA-256 {}, expected {} as when the run store {} was made",
+                  checkpoint_->folder().string(), hash, *known, store_->folder().string()));
+}
+
 Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& source,
                                                 const std::filesystem::path& work,
-                                                const CalibrationFlags& flags) {
+                                                const CalibrationFlags& flags,
+                                                const RunFlags& run) {
   if (flags.threads > 0) at::set_num_threads(flags.threads);
-  std::unique_ptr<Session> session(new Session());
+  std::unique_ptr<Session> session(new Session(run.detail()));
   PQ_RETURN_IF_ERROR(session->OpenSource(source));
   PQ_RETURN_IF_ERROR(session->ReadCalibration(flags));
   session->compute_.dtype = ComputeType(flags.precision, session->model_->linears().front().dtype);
@@ -208,17 +229,22 @@ Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& sou
     session->identity_["images"] = CaptionsFingerprint(calibration.captions);
   }
   if (flags.smooth) session->identity_[kSmoothKey] = "1";
+  if (run.dry_run) return session;
   PQ_ASSIGN_OR_RETURN(RunStore store, RunStore::Open(FileSystem::Default(), work));
   session->store_ = std::make_unique<RunStore>(std::move(store));
   PQ_RETURN_IF_ERROR(session->store_->Bind(session->identity_));
+  if (run.check_hash) PQ_RETURN_IF_ERROR(session->CheckContent());
+  PQ_ASSIGN_OR_RETURN(const auto stages, session->store_->Stages());
+  session->fresh_ = stages.empty();
   PQ_RETURN_IF_ERROR(StoreCalibration(*session->store_, calibration));
   PQ_RETURN_IF_ERROR(
       session->store_->PutNote(kSourceNote, std::filesystem::absolute(source).string()));
   return session;
 }
 
-Result<std::unique_ptr<Session>> Session::Resume(const std::filesystem::path& work) {
-  std::unique_ptr<Session> session(new Session());
+Result<std::unique_ptr<Session>> Session::Resume(const std::filesystem::path& work,
+                                                 const RunFlags& run) {
+  std::unique_ptr<Session> session(new Session(run.detail()));
   PQ_ASSIGN_OR_RETURN(RunStore store, RunStore::OpenExisting(FileSystem::Default(), work));
   session->store_ = std::make_unique<RunStore>(std::move(store));
   PQ_ASSIGN_OR_RETURN(const auto source, session->store_->Note(kSourceNote));
@@ -233,6 +259,7 @@ Result<std::unique_ptr<Session>> Session::Resume(const std::filesystem::path& wo
     return Status::InvalidInput(
         fmt::format("{}: has changed since the run store {} was made", *source, work.string()));
   }
+  if (run.check_hash) PQ_RETURN_IF_ERROR(session->CheckContent());
   PQ_ASSIGN_OR_RETURN(session->calibration_, LoadCalibration(*session->store_, session->identity_));
   session->compute_.dtype = session->identity_["precision"] == "bf16" ? at::kBFloat16 : at::kFloat;
   PQ_RETURN_IF_ERROR(session->Smooth());
@@ -255,32 +282,23 @@ LabelRule Session::labels() const {
 }
 
 Status Session::Timed(const std::string& stage, const std::function<Status()>& body) {
-  const auto start = std::chrono::steady_clock::now();
-  PQ_RETURN_IF_ERROR(body());
-  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-  const auto known = std::find_if(times_.begin(), times_.end(),
-                                  [&](const StageTime& time) { return time.stage == stage; });
-  if (known == times_.end()) {
-    times_.push_back({.stage = stage, .seconds = taken.count()});
-  } else {
-    known->seconds += taken.count();
-  }
-  return {};
+  RECORD_USER_SCOPE(stage.c_str());
+  return body();
+}
+
+std::vector<const Format*> Session::Priced(const std::vector<std::string>& formats) const {
+  std::vector<std::string> names = DefaultPriced();
+  names.insert(names.end(), formats.begin(), formats.end());
+  return FindFormats(names);
 }
 
 Status Session::Probe(const std::vector<std::string>& formats,
                       const std::vector<std::string>& gptq_formats) {
-  ProbeOptions options{
-      .labels = labels(), .seed = std::stoull(identity_.at("seed")), .compute = compute_};
-  std::vector<std::string> names = DefaultPriced();
-  names.insert(names.end(), formats.begin(), formats.end());
-  const auto contains = [](const std::vector<std::string>& list, std::string_view name) {
-    return std::find(list.begin(), list.end(), name) != list.end();
-  };
-  for (const Format* format : AllFormats()) {
-    if (contains(names, format->name())) options.formats.push_back(format);
-    if (contains(gptq_formats, format->name())) options.gptq_formats.push_back(format);
-  }
+  const ProbeOptions options{.labels = labels(),
+                             .seed = std::stoull(identity_.at("seed")),
+                             .formats = Priced(formats),
+                             .gptq_formats = FindFormats(gptq_formats),
+                             .compute = compute_};
   return Timed("probe", [&] { return RunProbe(*model_, calibration_, options, *store_); });
 }
 

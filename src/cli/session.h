@@ -13,13 +13,14 @@
 #include <vector>
 
 #include "allocate/plan.h"
-#include "base/progress.h"
 #include "cli/budget.h"
 #include "cli/command.h"
+#include "cli/run_flags.h"
 #include "data/calibration.h"
 #include "evaluate/evaluate.h"
 #include "io/checkpoint.h"
 #include "model/model.h"
+#include "performance/run_profile.h"
 #include "probe/probe.h"
 #include "probe/unit_costs.h"
 #include "render/render.h"
@@ -30,9 +31,14 @@ namespace prismaquant {
 
 // The note of a run store that says where its source lies.
 inline constexpr char kSourceNote[] = "source";
+// The note with the hash of all bytes of its weights, of a run with --check-hash.
+inline constexpr char kContentNote[] = "content";
 
 // Names of all formats, smallest bits first.
 std::vector<std::string> FormatNames();
+
+// Those of these names, in the order of AllFormats.
+std::vector<const Format*> FindFormats(const std::vector<std::string>& names);
 
 struct CalibrationFlags {
   std::string file;  // empty: the bundled text
@@ -80,12 +86,13 @@ at::ScalarType ComputeType(const std::string& precision, DType source);
 class Session {
  public:
   // Opens source, tokenizer and calibration, and binds the store at `work` to them. What is to be
-  // smoothed is not yet.
+  // smoothed is not yet. A dry run has no store, and no stages.
   static Result<std::unique_ptr<Session>> Start(const std::filesystem::path& source,
                                                 const std::filesystem::path& work,
-                                                const CalibrationFlags& flags);
+                                                const CalibrationFlags& flags, const RunFlags& run);
   // Goes on with the run that the store at `work` was made by.
-  static Result<std::unique_ptr<Session>> Resume(const std::filesystem::path& work);
+  static Result<std::unique_ptr<Session>> Resume(const std::filesystem::path& work,
+                                                 const RunFlags& run = {});
 
   const Checkpoint& checkpoint() const { return *checkpoint_; }
   const Model& model() const { return *model_; }
@@ -94,11 +101,16 @@ class Session {
   // Captions that calibration was kept from: one image in four, if there are so many.
   const std::vector<CaptionSequence>& held_out_captions() const { return held_out_captions_; }
   RunStore& store() { return *store_; }
+  // Formats that Probe prices when asked for these.
+  std::vector<const Format*> Priced(const std::vector<std::string>& formats) const;
+  // Whether the store held nothing of this run yet.
+  bool is_fresh() const { return fresh_; }
   const std::map<std::string, std::string>& identity() const { return identity_; }
   LabelRule labels() const;
   LossTokens loss_tokens() const { return CountLossTokens(*model_, calibration_, labels()); }
   const ComputeOptions& compute() const { return compute_; }
-  const std::vector<StageTime>& times() const { return times_; }
+  // Of what this process did.
+  const RunProfile& profile() const { return profile_; }
 
   // The stages. Each reuses what the store holds. Smooth comes first; it does nothing to a run that
   // is not to be smoothed. The probe prices the default formats and these,
@@ -112,13 +124,15 @@ class Session {
   // Which Linears are allocated, and among which formats.
   UnitRules Rules(const PlanFlags& flags) const;
   Status Render(const FormatChoice& formats, const RenderOptions& options, const std::string& key);
-  // Runs `body` and adds the time it took to the stage's.
+  // Runs `body` as that stage of the profile.
   Status Timed(const std::string& stage, const std::function<Status()>& body);
 
  private:
-  Session() = default;
+  explicit Session(RunProfile::Detail detail) : profile_(detail) {}
   Status OpenSource(const std::filesystem::path& source);
   Status ReadCalibration(const CalibrationFlags& flags);
+  // The source has the bytes that it had when this was first called for the store.
+  Status CheckContent();
   // Bytes of the checkpoint's files outside these units.
   Result<int64_t> FixedBytes(const std::vector<UnitCosts>& units) const;
 
@@ -130,7 +144,8 @@ class Session {
   std::unique_ptr<RunStore> store_;
   std::map<std::string, std::string> identity_;
   ComputeOptions compute_;
-  std::vector<StageTime> times_;
+  RunProfile profile_;
+  bool fresh_ = true;
 };
 
 // The plan of the flags' budget (5.5 bpp if none is given), and the sweep around it.

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <map>
 
+#include "base/progress.h"
+
 namespace prismaquant {
 
 std::string FormatCounts(const std::map<std::string, int64_t>& counts) {
@@ -187,12 +189,6 @@ void PrintEvaluation(const Evaluation& e, const PartLosses& predicted) {
   if (e.router_agreement) {
     PrintRow("router agreement", fmt::format("{:.2f} %", 100 * *e.router_agreement));
   }
-}
-
-void PrintTimes(const std::vector<StageTime>& times) {
-  for (const StageTime& time : times)
-    fmt::print("{:<22} {}\n", "time, " + time.stage, FormatSeconds(time.seconds));
-  fmt::print("{:<22} {}\n", "peak memory", FormatBytes(PeakMemoryBytes()));
 }
 
 }  // namespace prismaquant

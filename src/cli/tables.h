@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "allocate/plan.h"
-#include "base/progress.h"
 #include "cli/session.h"
 #include "evaluate/evaluate.h"
 #include "export/summary.h"
@@ -39,8 +38,6 @@ void PrintExperts(const Model& model, const Json& rendering);
 
 // Measured figures; `predicted` nats per token are put beside the KL unless text is negative.
 void PrintEvaluation(const Evaluation& evaluation, const PartLosses& predicted);
-
-void PrintTimes(const std::vector<StageTime>& times);
 
 }  // namespace prismaquant
 

@@ -9,6 +9,7 @@
 #include <optional>
 #include <utility>
 
+#include "base/progress.h"
 #include "evaluate/quantized_linears.h"
 
 namespace prismaquant {

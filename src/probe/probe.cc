@@ -1,5 +1,6 @@
 #include "probe/probe.h"
 
+#include <ATen/record_function.h>
 #include <fmt/format.h>
 #include <torch/torch.h>
 
@@ -11,6 +12,7 @@
 
 #include "base/interrupt.h"
 #include "base/progress.h"
+#include "formats/extremes.h"
 #include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
 #include "model/layer_pages.h"
@@ -36,11 +38,9 @@ std::string GradientBlob(const PartLayers& part, int layer) {
   return fmt::format("{}/{}-{}", kGradientFolder, static_cast<int>(part.part), layer - part.first);
 }
 
-bool AllFinite(const at::Tensor& tensor) { return tensor.isfinite().all().item<bool>(); }
-
 bool AllFinite(const std::vector<at::Tensor>& tensors) {
   return std::all_of(tensors.begin(), tensors.end(),
-                     [](const at::Tensor& tensor) { return AllFinite(tensor); });
+                     [](const at::Tensor& tensor) { return prismaquant::AllFinite(tensor); });
 }
 
 bool AllFinite(const LinearStats& stats) {
@@ -96,6 +96,7 @@ class ProbePass {
   }
 
   Status Forward(const PartLayers& part, const std::string& title) {
+    RECORD_USER_SCOPE("probe, forward");
     return forward_.Run(part, "probe, forward, " + title,
                         [this](int layer, const LayerWeights& weights,
                                const ForwardPass::Through& through) -> Status {
@@ -117,6 +118,7 @@ class ProbePass {
   }
 
   Status Head(const PartLayers& part) {
+    RECORD_USER_SCOPE("probe, head");
     const PartLayers* projection = model_.FindPart(Part::kHead);
     const LayerPages pages(model_, projection == nullptr ? -1 : projection->first, -1);
     PQ_ASSIGN_OR_RETURN(const auto head, model_.LoadHead(part.part, options_.compute));
@@ -160,6 +162,7 @@ class ProbePass {
   }
 
   Status Backward(const PartLayers& part, const std::string& title) {
+    RECORD_USER_SCOPE("probe, backward");
     Progress progress("probe, backward, " + title, part.end - part.first, "layers");
     for (int layer = part.end - 1; layer >= part.first; --layer) {
       PQ_ASSIGN_OR_RETURN(const bool done, Done(pass_.backward_stage, layer));
@@ -182,7 +185,7 @@ class ProbePass {
     const std::vector<LinearInfo> linears = model_.LayerLinears(layer);
     for (const LinearInfo& linear : linears) {
       double& weight = scale_group[linear.scale_group];
-      weight = std::max(weight, weights.stored.at(linear.name).abs().max().item<double>());
+      weight = std::max(weight, LargestMagnitude(weights.stored.at(linear.name)));
       double& input = input_group[linear.input_group];
       input = std::max(input, amax_of.at(linear.name));
     }
