@@ -1,8 +1,9 @@
 // make_shape OUT --shape 27b --layers 8 --example CHECKPOINT
 //
 // Writes a checkpoint with the tensor names, shapes and dtypes of a published model at a chosen
-// number of layers, and random weights: for measuring time and memory, never quality. Tokenizer and
-// processor are the example's, whose token ids are the first of the published vocabulary.
+// number of layers, and random weights, or none: for measuring time and memory, never quality.
+// Tokenizer and processor are the example's, whose token ids are the first of the published
+// vocabulary.
 
 #include <fmt/format.h>
 #include <torch/torch.h>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "bench/shape/model_shape.h"
+#include "bench/shape/sparse_file_system.h"
 #include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
 #include "io/checkpoint.h"
@@ -31,7 +33,7 @@ struct Flags {
   std::string out, shape = "27b", example;
   int64_t layers = 8;
   uint64_t seed = 0;
-  bool overwrite = false;
+  bool sparse = false, overwrite = false;
 };
 
 // `noise` times the standard deviation and plus the mean that `fill` asks for.
@@ -71,6 +73,18 @@ CheckpointWriter::Source SourceOf(const ShapedTensor& tensor, const at::Tensor& 
   };
 }
 
+// Holes in the place of a tensor.
+CheckpointWriter::Source HoleOf(const ShapedTensor& tensor) {
+  return [bytes = tensor.spec.bytes()](const CheckpointWriter::Sink& sink) -> Status {
+    for (int64_t left = bytes; left > 0;) {
+      const std::span<const std::byte> zeros = SparseFileSystem::Zeros(left);
+      PQ_RETURN_IF_ERROR(sink(zeros));
+      left -= static_cast<int64_t>(zeros.size());
+    }
+    return {};
+  };
+}
+
 Status Run(const Flags& flags) {
   const std::vector<ModelShape>& shapes = PublishedShapes();
   const ModelShape& shape =
@@ -88,10 +102,13 @@ Status Run(const Flags& flags) {
   const at::Tensor noise = at::randn({kNoise}).to(at::kBFloat16);
   std::vector<CheckpointWriter::Tensor> tensors;
   for (const ShapedTensor& tensor : TensorsOf(shape, flags.layers)) {
-    tensors.push_back({tensor.spec, SourceOf(tensor, noise, static_cast<int64_t>(tensors.size()))});
+    const auto number = static_cast<int64_t>(tensors.size());
+    tensors.push_back(
+        {tensor.spec, flags.sparse ? HoleOf(tensor) : SourceOf(tensor, noise, number)});
   }
-  return CheckpointWriter::Write(FileSystem::Default(), flags.out, {.overwrite = flags.overwrite},
-                                 tensors, files);
+  SparseFileSystem sparse;
+  return CheckpointWriter::Write(flags.sparse ? sparse : FileSystem::Default(), flags.out,
+                                 {.overwrite = flags.overwrite}, tensors, files);
 }
 
 void Register(CLI::App& app, Flags& flags) {
@@ -108,6 +125,8 @@ void Register(CLI::App& app, Flags& flags) {
                  "Checkpoint of the same family that config and tokenizer come from")
       ->required();
   app.add_option("--seed", flags.seed, "Draws the weights")->capture_default_str();
+  app.add_flag("--sparse", flags.sparse,
+               "Holes for weights, which take no room: enough for --dry-run and inspect");
   app.add_flag("--overwrite", flags.overwrite, "Replace OUT if it exists");
 }
 
