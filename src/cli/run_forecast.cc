@@ -18,9 +18,8 @@ namespace {
 constexpr double kDefaultMemory = 0.8;
 // Shorter runs are over before the machine is measured.
 constexpr double kMeasuredFlop = 4e12;
-// Of libtorch's code, tables and threads, once it computes; much of it is there once the machine
-// was measured.
-constexpr int64_t kLibraryBytes = 110'000'000, kLibraryRestBytes = 70'000'000;
+// Of libtorch's code, tables and threads, once it computes.
+constexpr int64_t kLibraryBytes = 170'000'000;
 // Of a stage; kernels below it are not printed.
 constexpr double kSmallestShare = 0.01;
 constexpr size_t kKernelWidth = 44;
@@ -155,6 +154,7 @@ Result<RunForecast> ForecastRun(const Session& session, const RunSettings& setti
   forecast.stages = Forecast(session.model(), session.calibration(), settings);
   double flop = 0;
   for (const StageNeeds& stage : forecast.stages) flop += stage.Flop();
+  forecast.held_bytes = ResidentBytes() + kLibraryBytes;
   forecast.memory_bytes =
       std::llround(kDefaultMemory * static_cast<double>(AvailableMemoryBytes()));
   if (!flags.memory.empty()) {
@@ -167,7 +167,6 @@ Result<RunForecast> ForecastRun(const Session& session, const RunSettings& setti
         MeasureMachine(TypicalProduct(session.model(), session.calibration()),
                        settings.compute.dtype, session.checkpoint(), ExistingFolder(work)));
   }
-  forecast.held_bytes = ResidentBytes() + (forecast.rates ? kLibraryRestBytes : kLibraryBytes);
   return forecast;
 }
 

@@ -43,7 +43,7 @@ def test_points_of_the_sweep_are_measured_and_kept(tmp_path):
     assert json.loads((tmp_path / "out" / "prismaquant.json").read_text())["validation"] == first["validation"]
     assert not list((work / "render").glob("*/*"))
     again = quantize(tmp_path / "again", "--bpp", "5.5", "--validate", "3", "--no-eval", "--work", work)
-    assert again["validation"] == first["validation"] and "validate" not in again["seconds"]
+    assert again["validation"] == first["validation"] and "validate" not in again["stages"]
 
 
 def test_a_limit_is_held_by_measurement(tmp_path):
