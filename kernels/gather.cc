@@ -4,6 +4,7 @@
 #include <torch/library.h>
 #include <torch/torch.h>
 
+#include <optional>
 #include <vector>
 
 #include "kernels/minifloat.h"

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
-#include <utility>
 
 #include "performance/layer_shapes.h"
 #include "round/input_moments.h"
@@ -36,6 +34,8 @@ constexpr double kLogitElements = 160e6;  // of a product of the head
 // Of the logits that are worked on at a time in float32 and float64 (src/probe/loss.cc), and of
 // those of the two models that are compared (src/evaluate/score.cc).
 constexpr double kLossBlock = 4e6, kLossBlockBytes = 40, kScoreBlock = 8e6, kScoreBlockBytes = 50;
+// Of the rates that a moment reaches, what hours do.
+constexpr double kSustained = 0.88;
 // A factor of so few columns is computed in float64, at half the rate.
 constexpr double kLargestFloat64 = 4096;
 
@@ -44,7 +44,7 @@ double Bytes(at::ScalarType type) { return static_cast<double>(at::elementSize(t
 class Forecaster {
  public:
   Forecaster(const Model& model, const Calibration& calibration, const RunSettings& settings)
-      : model_(model), calibration_(calibration), settings_(settings) {
+      : model_(model), settings_(settings) {
     element_ = Bytes(settings.compute.dtype);
     product_ = Bytes(ProductType(settings.compute.dtype));
     for (const PartLayers& part : model.parts()) {
@@ -353,7 +353,6 @@ class Forecaster {
   }
 
   const Model& model_;
-  const Calibration& calibration_;
   const RunSettings& settings_;
   std::vector<PartShape> parts_;
   double element_ = 0, product_ = 0;  // bytes of a value in the compute dtype, and in products
@@ -366,7 +365,7 @@ double StageNeeds::Seconds(const MachineRates& rates) const {
   const double computed = products / rates.product + float_products / rates.float_product +
                           factors / rates.factor + solves / rates.solve + nearest / rates.nearest +
                           columns / rates.columns + memory / rates.memory;
-  return std::max(computed, read / rates.read) + written / rates.write;
+  return std::max(computed / kSustained, read / rates.read) + written / rates.write;
 }
 
 std::vector<StageNeeds> Forecast(const Model& model, const Calibration& calibration,

@@ -101,7 +101,7 @@ TEST(StageNeeds, SecondsAreOfWorkOrOfReadingWhicheverIsLonger) {
                            .memory = 1,
                            .read = 4,
                            .write = 1};
-  EXPECT_DOUBLE_EQ((StageNeeds{.products = 6, .memory = 2, .read = 8}.Seconds(rates)), 5);
+  EXPECT_DOUBLE_EQ((StageNeeds{.products = 6, .memory = 2, .read = 8}.Seconds(rates)), 5 / 0.88);
   EXPECT_DOUBLE_EQ((StageNeeds{.products = 6, .read = 80, .written = 3}.Seconds(rates)), 23);
 }
 
