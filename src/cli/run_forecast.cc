@@ -37,11 +37,12 @@ std::filesystem::path ExistingFolder(const std::filesystem::path& folder) {
 }
 
 void PrintKernels(const RunProfile& profile) {
+  const std::vector<KernelMeasure> kernels = profile.Kernels();
   std::map<std::string, double> seconds;
-  for (const KernelMeasure& kernel : profile.Kernels()) seconds[kernel.stage] += kernel.seconds;
+  for (const KernelMeasure& kernel : kernels) seconds[kernel.stage] += kernel.seconds;
   fmt::print("{:<18} {:<44} {:>8} {:>10} {:>6} {:>9} {:>8}\n", "stage", "kernel", "calls",
              "seconds", "share", "GFLOP/s", "GB/s");
-  for (const KernelMeasure& kernel : profile.Kernels()) {
+  for (const KernelMeasure& kernel : kernels) {
     const double share = kernel.seconds / seconds.at(kernel.stage);
     if (share < kSmallestShare) continue;
     const auto rate = [&](double work) {
@@ -66,15 +67,17 @@ void PrintStages(const RunProfile& profile, const RunForecast* forecast) {
              "forecast", "peak memory", "forecast", "read", "forecast", "written", "forecast");
   for (const StageMeasure& stage : profile.Stages()) {
     const StageNeeds* needs = Find(forecast, stage.stage);
-    const auto planned = [&](double bytes) { return needs == nullptr ? "" : Bytes(bytes); };
+    const auto planned = [needs](double StageNeeds::*bytes) {
+      return needs == nullptr ? "" : Bytes(needs->*bytes);
+    };
     const bool timed = needs != nullptr && forecast->rates.has_value();
     fmt::print("{:<16} {:>13} {:>12} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}\n", stage.stage,
                FormatSeconds(stage.seconds),
                timed ? FormatSeconds(needs->Seconds(*forecast->rates)) : "",
                FormatBytes(stage.peak_bytes),
                needs == nullptr ? "" : FormatBytes(forecast->Resident(*needs)),
-               FormatBytes(stage.read_bytes), planned(needs == nullptr ? 0 : needs->read),
-               FormatBytes(stage.written_bytes), planned(needs == nullptr ? 0 : needs->written));
+               FormatBytes(stage.read_bytes), planned(&StageNeeds::read),
+               FormatBytes(stage.written_bytes), planned(&StageNeeds::written));
   }
   fmt::print("{:<16} {:>13} {:>12} {:>11}\n", "all", "", "",
              FormatBytes(profile.PeakMemoryBytes()));
