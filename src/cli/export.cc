@@ -90,13 +90,15 @@ Status RunExport(const ExportFlags& flags) {
                              .probe = false,
                              .rendering = delivery.render,
                              .bits = delivery.plan.bpp};
-  PQ_ASSIGN_OR_RETURN(const RunForecast forecast,
-                      ForecastRun(*session, settings, flags.run, flags.work));
+  PQ_ASSIGN_OR_RETURN(RunForecast forecast, ForecastRun(*session, settings, flags.run));
+  PQ_RETURN_IF_ERROR(MeasureRates(*session, flags.run, flags.work, forecast));
   if (flags.run.dry_run) return ReportForecast(forecast, "");
-  PQ_RETURN_IF_ERROR(forecast.CheckMemory());
   PrintPlan(delivery.plan, delivery.sweep, session->labels());
+  PQ_ASSIGN_OR_RETURN(
+      const bool begun,
+      IsRenderingBegun(session->store(), RenderKey(delivery.formats, delivery.render)));
   PQ_RETURN_IF_ERROR(Deliver(*session, delivery));
-  PrintProfile(session->profile(), &forecast, flags.run.profile);
+  PrintProfile(session->profile(), begun ? nullptr : &forecast, flags.run.profile);
   return {};
 }
 

@@ -19,7 +19,7 @@ struct ProbeFlags {
 
 Status RunProbeCommand(const ProbeFlags& flags) {
   PQ_ASSIGN_OR_RETURN(const auto session,
-                      Session::Start(flags.source, flags.work, flags.calibration, flags.run));
+                      Session::Start(flags.source, flags.calibration, flags.run));
   std::vector<std::string> gptq_formats;
   if (flags.cost_render == "gptq") {
     gptq_formats = flags.formats.empty() ? AdmittedFormats({}) : flags.formats;
@@ -29,10 +29,10 @@ Status RunProbeCommand(const ProbeFlags& flags) {
                              .render = false,
                              .priced = session->Priced(flags.formats),
                              .gptq_priced = FindFormats(gptq_formats)};
-  PQ_ASSIGN_OR_RETURN(const RunForecast forecast,
-                      ForecastRun(*session, settings, flags.run, flags.work));
+  PQ_ASSIGN_OR_RETURN(RunForecast forecast, ForecastRun(*session, settings, flags.run));
+  if (!flags.run.dry_run) PQ_RETURN_IF_ERROR(session->OpenStore(flags.work, flags.run));
+  PQ_RETURN_IF_ERROR(MeasureRates(*session, flags.run, flags.work, forecast));
   if (flags.run.dry_run) return ReportForecast(forecast, flags.json);
-  PQ_RETURN_IF_ERROR(forecast.CheckMemory());
   PQ_RETURN_IF_ERROR(session->Smooth());
   PQ_RETURN_IF_ERROR(session->Probe(flags.formats, gptq_formats));
   PQ_ASSIGN_OR_RETURN(const Json json,

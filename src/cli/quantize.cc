@@ -215,14 +215,15 @@ Status RunQuantize(const QuantizeFlags& flags) {
         fmt::format("{}: exists already; --overwrite replaces it", flags.out));
   }
   PQ_ASSIGN_OR_RETURN(const auto session,
-                      Session::Start(flags.source, work, flags.calibration, flags.run));
+                      Session::Start(flags.source, flags.calibration, flags.run));
   PQ_RETURN_IF_ERROR(ToBudget(flags.plan.budget, session->model(), session->labels()).status());
   PQ_ASSIGN_OR_RETURN(const RenderOptions rendering,
                       ToRenderOptions(flags.render, session->compute()));
-  PQ_ASSIGN_OR_RETURN(const RunForecast forecast,
-                      ForecastRun(*session, Settings(flags, *session, rendering), flags.run, work));
+  PQ_ASSIGN_OR_RETURN(RunForecast forecast,
+                      ForecastRun(*session, Settings(flags, *session, rendering), flags.run));
+  if (!flags.run.dry_run) PQ_RETURN_IF_ERROR(session->OpenStore(work, flags.run));
+  PQ_RETURN_IF_ERROR(MeasureRates(*session, flags.run, work, forecast));
   if (flags.run.dry_run) return ReportForecast(forecast, flags.json);
-  PQ_RETURN_IF_ERROR(forecast.CheckMemory());
   PQ_ASSIGN_OR_RETURN(HeldOutText text, ReadHeldOut(flags, *session));
   const Calibration held_out{.text = std::move(text.result),
                              .captions = session->held_out_captions()};

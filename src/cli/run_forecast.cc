@@ -6,9 +6,9 @@
 #include <cmath>
 #include <map>
 #include <string>
-#include <system_error>
 
 #include "base/progress.h"
+#include "io/file_system.h"
 #include "performance/memory.h"
 
 namespace prismaquant {
@@ -25,16 +25,6 @@ constexpr double kSmallestShare = 0.01;
 constexpr size_t kKernelWidth = 44;
 
 std::string Bytes(double bytes) { return FormatBytes(std::llround(bytes)); }
-
-// The nearest folder above that exists.
-std::filesystem::path ExistingFolder(const std::filesystem::path& folder) {
-  std::error_code error;
-  std::filesystem::path path = std::filesystem::absolute(folder, error);
-  while (!std::filesystem::is_directory(path, error) && path.has_relative_path()) {
-    path = path.parent_path();
-  }
-  return path;
-}
 
 void PrintKernels(const RunProfile& profile) {
   const std::vector<KernelMeasure> kernels = profile.Kernels();
@@ -87,12 +77,11 @@ void PrintForecast(const RunForecast& forecast) {
   if (forecast.rates) {
     const MachineRates& rates = *forecast.rates;
     fmt::print(
-        "this machine: products {:.3f} TFLOP/s, in float32 {:.3f}; factors {:.3f}, solves {:.3f}; "
+        "this machine: products {:.3f} TFLOP/s, in float32 {:.3f}; factors {:.3f}; "
         "{:.0f} M weights/s to nearest, {:.0f} M in GPTQ's loop; memory {:.1f} GB/s, reads "
         "{:.2f}, writes {:.2f}\n",
-        rates.product / 1e12, rates.float_product / 1e12, rates.factor / 1e12, rates.solve / 1e12,
-        rates.nearest / 1e6, rates.columns / 1e6, rates.memory / 1e9, rates.read / 1e9,
-        rates.write / 1e9);
+        rates.product / 1e12, rates.float_product / 1e12, rates.factor / 1e12, rates.nearest / 1e6,
+        rates.columns / 1e6, rates.memory / 1e9, rates.read / 1e9, rates.write / 1e9);
   }
   fmt::print("{:<16} {:>11} {:>13} {:>11} {:>11} {:>11}\n", "stage", "TFLOP", "time", "peak memory",
              "read", "written");
@@ -152,11 +141,9 @@ Json RunForecast::ToJson() const {
 }
 
 Result<RunForecast> ForecastRun(const Session& session, const RunSettings& settings,
-                                const RunFlags& flags, const std::filesystem::path& work) {
+                                const RunFlags& flags) {
   RunForecast forecast;
   forecast.stages = Forecast(session.model(), session.calibration(), settings);
-  double flop = 0;
-  for (const StageNeeds& stage : forecast.stages) flop += stage.Flop();
   forecast.held_bytes = ResidentBytes() + kLibraryBytes;
   forecast.memory_bytes =
       std::llround(kDefaultMemory * static_cast<double>(AvailableMemoryBytes()));
@@ -164,13 +151,20 @@ Result<RunForecast> ForecastRun(const Session& session, const RunSettings& setti
     PQ_ASSIGN_OR_RETURN(forecast.memory_bytes, ParseSize("--memory", flags.memory));
     forecast.memory_is_default = false;
   }
-  if (flags.dry_run || flop > kMeasuredFlop) {
-    PQ_ASSIGN_OR_RETURN(
-        forecast.rates,
-        MeasureMachine(TypicalProduct(session.model(), session.calibration()),
-                       settings.compute.dtype, session.checkpoint(), ExistingFolder(work)));
-  }
+  if (!flags.dry_run) PQ_RETURN_IF_ERROR(forecast.CheckMemory());
   return forecast;
+}
+
+Status MeasureRates(const Session& session, const RunFlags& flags,
+                    const std::filesystem::path& work, RunForecast& forecast) {
+  double flop = 0;
+  for (const StageNeeds& stage : forecast.stages) flop += stage.Flop();
+  if (!flags.dry_run && flop <= kMeasuredFlop) return {};
+  PQ_ASSIGN_OR_RETURN(
+      forecast.rates,
+      MeasureMachine(TypicalProduct(session.model(), session.calibration()),
+                     session.compute().dtype, session.checkpoint(), ExistingFolder(work)));
+  return {};
 }
 
 Status ReportForecast(const RunForecast& forecast, const std::string& json) {

@@ -32,9 +32,14 @@ struct RunForecast {
   Json ToJson() const;
 };
 
-// `work`: the run store's folder, which need not exist.
+// Without rates. If the run would not fit, CheckMemory's error; not of a dry run, which is to show
+// it.
 Result<RunForecast> ForecastRun(const Session& session, const RunSettings& settings,
-                                const RunFlags& flags, const std::filesystem::path& work);
+                                const RunFlags& flags);
+// Adds the rates, in two seconds; not for a run of a few seconds, unless it is a dry run. `work`:
+// the run store's folder, which need not exist.
+Status MeasureRates(const Session& session, const RunFlags& flags,
+                    const std::filesystem::path& work, RunForecast& forecast);
 
 // What a dry run comes to: stages with FLOP, time, memory and traffic with storage as a table, or
 // as JSON if `json` names a file or is "-"; then CheckMemory.

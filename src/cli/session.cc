@@ -9,6 +9,7 @@
 
 #include "cli/calibration_store.h"
 #include "export/exporter.h"
+#include "performance/memory.h"
 #include "probe/measure_smoothing.h"
 
 namespace prismaquant {
@@ -208,7 +209,6 @@ Status Session::CheckContent() {
 }
 
 Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& source,
-                                                const std::filesystem::path& work,
                                                 const CalibrationFlags& flags,
                                                 const RunFlags& run) {
   if (flags.threads > 0) at::set_num_threads(flags.threads);
@@ -229,17 +229,18 @@ Result<std::unique_ptr<Session>> Session::Start(const std::filesystem::path& sou
     session->identity_["images"] = CaptionsFingerprint(calibration.captions);
   }
   if (flags.smooth) session->identity_[kSmoothKey] = "1";
-  if (run.dry_run) return session;
-  PQ_ASSIGN_OR_RETURN(RunStore store, RunStore::Open(FileSystem::Default(), work));
-  session->store_ = std::make_unique<RunStore>(std::move(store));
-  PQ_RETURN_IF_ERROR(session->store_->Bind(session->identity_));
-  if (run.check_hash) PQ_RETURN_IF_ERROR(session->CheckContent());
-  PQ_ASSIGN_OR_RETURN(const auto stages, session->store_->Stages());
-  session->fresh_ = stages.empty();
-  PQ_RETURN_IF_ERROR(StoreCalibration(*session->store_, calibration));
-  PQ_RETURN_IF_ERROR(
-      session->store_->PutNote(kSourceNote, std::filesystem::absolute(source).string()));
   return session;
+}
+
+Status Session::OpenStore(const std::filesystem::path& work, const RunFlags& run) {
+  PQ_ASSIGN_OR_RETURN(RunStore store, RunStore::Open(FileSystem::Default(), work));
+  store_ = std::make_unique<RunStore>(std::move(store));
+  PQ_RETURN_IF_ERROR(store_->Bind(identity_));
+  if (run.check_hash) PQ_RETURN_IF_ERROR(CheckContent());
+  PQ_ASSIGN_OR_RETURN(const auto stages, store_->Stages());
+  fresh_ = stages.empty();
+  PQ_RETURN_IF_ERROR(StoreCalibration(*store_, calibration_));
+  return store_->PutNote(kSourceNote, std::filesystem::absolute(checkpoint_->folder()).string());
 }
 
 Result<std::unique_ptr<Session>> Session::Resume(const std::filesystem::path& work,
@@ -282,6 +283,7 @@ LabelRule Session::labels() const {
 }
 
 Status Session::Timed(const std::string& stage, const std::function<Status()>& body) {
+  ReturnFreedMemory();  // of the stage before
   RECORD_USER_SCOPE(stage.c_str());
   return body();
 }

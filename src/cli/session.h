@@ -85,11 +85,11 @@ at::ScalarType ComputeType(const std::string& precision, DType source);
 
 class Session {
  public:
-  // Opens source, tokenizer and calibration, and binds the store at `work` to them. What is to be
-  // smoothed is not yet. A dry run has no store, and no stages.
+  // Opens source, tokenizer and calibration. What is to be smoothed is not yet.
   static Result<std::unique_ptr<Session>> Start(const std::filesystem::path& source,
-                                                const std::filesystem::path& work,
                                                 const CalibrationFlags& flags, const RunFlags& run);
+  // Binds the store at `work` to them; before it there are no stages.
+  Status OpenStore(const std::filesystem::path& work, const RunFlags& run);
   // Goes on with the run that the store at `work` was made by.
   static Result<std::unique_ptr<Session>> Resume(const std::filesystem::path& work,
                                                  const RunFlags& run = {});

@@ -151,11 +151,7 @@ class PosixFileSystem : public FileSystem {
   int64_t FreeBytes(const stdfs::path& path) override {
     constexpr auto kUnknown = std::numeric_limits<int64_t>::max();
     std::error_code error;
-    stdfs::path folder = stdfs::absolute(path, error);
-    while (!stdfs::exists(folder, error) && folder.has_relative_path()) {
-      folder = folder.parent_path();
-    }
-    const stdfs::space_info space = stdfs::space(folder, error);
+    const stdfs::space_info space = stdfs::space(ExistingFolder(path), error);
     return error || space.available > static_cast<uintmax_t>(kUnknown)
                ? kUnknown
                : static_cast<int64_t>(space.available);
@@ -174,6 +170,15 @@ std::span<const std::byte> PageAligned(std::span<const std::byte> range) {
 FileSystem& FileSystem::Default() {
   static PosixFileSystem file_system;
   return file_system;
+}
+
+stdfs::path ExistingFolder(const stdfs::path& path) {
+  std::error_code error;
+  stdfs::path folder = stdfs::absolute(path, error);
+  while (!stdfs::is_directory(folder, error) && folder.has_relative_path()) {
+    folder = folder.parent_path();
+  }
+  return folder;
 }
 
 Status RequireRoom(FileSystem& fs, const stdfs::path& folder, int64_t bytes) {

@@ -45,6 +45,9 @@ class FileSystem {
   virtual int64_t FreeBytes(const std::filesystem::path& path) = 0;
 };
 
+// The nearest folder at or above `path` that exists.
+std::filesystem::path ExistingFolder(const std::filesystem::path& path);
+
 // kSystem, saying how much is missing, if the folder has no room for `bytes` more.
 Status RequireRoom(FileSystem& fs, const std::filesystem::path& folder, int64_t bytes);
 

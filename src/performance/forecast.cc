@@ -213,17 +213,15 @@ class Forecaster {
     needs.memory += times * kFloat * (kHessianPasses * square + kRoundPasses * linear.weights());
   }
 
-  // What the correction solves, by tokens or by inputs, whichever are fewer.
+  // By the inverse of what is smaller, the tokens' Gram matrix or the Hessian.
   void AddCorrection(const LinearShape& linear, double tokens, StageNeeds& needs) const {
-    const double fewer = std::min(tokens, linear.in);
+    const double size = std::min(tokens, linear.in);
+    needs.factors += size * size * size;
     needs.products += 2 * linear.out * linear.in * tokens;
     if (tokens < linear.in) {
-      needs.products += 2 * tokens * tokens * linear.in;
-      needs.factors += fewer * fewer * fewer / 3;
-      needs.solves += 2 * linear.out * fewer * fewer;
+      needs.products += 2 * tokens * tokens * (linear.in + std::min(linear.out, linear.in));
     } else {
-      needs.factors += fewer * fewer * fewer;
-      needs.products += 2 * linear.out * fewer * fewer;
+      needs.products += 2 * linear.out * linear.in * linear.in;
     }
   }
 
@@ -363,7 +361,7 @@ class Forecaster {
 
 double StageNeeds::Seconds(const MachineRates& rates) const {
   const double computed = products / rates.product + float_products / rates.float_product +
-                          factors / rates.factor + solves / rates.solve + nearest / rates.nearest +
+                          factors / rates.factor + nearest / rates.nearest +
                           columns / rates.columns + memory / rates.memory;
   return std::max(computed / kSustained, read / rates.read) + written / rates.write;
 }

@@ -29,14 +29,14 @@ struct RunSettings {
 
 struct StageNeeds {
   std::string stage;  // as RunProfile names it
-  // FLOP of products in the compute dtype and in float32, of factors and of triangular solves.
-  double products = 0, float_products = 0, factors = 0, solves = 0;
+  // FLOP of products in the compute dtype and in float32, and of factors.
+  double products = 0, float_products = 0, factors = 0;
   double nearest = 0, columns = 0;  // weights rounded to nearest, and in GPTQ's loop
   double memory = 0;                // bytes of elementwise operators
   double read = 0, written = 0;     // bytes of storage
   double resident = 0;              // bytes, beside what the process holds before it begins
 
-  double Flop() const { return products + float_products + factors + solves; }
+  double Flop() const { return products + float_products + factors; }
   // Reading goes on while the processor computes.
   double Seconds(const MachineRates& rates) const;
 };

@@ -95,7 +95,6 @@ TEST(StageNeeds, SecondsAreOfWorkOrOfReadingWhicheverIsLonger) {
   const MachineRates rates{.product = 2,
                            .float_product = 1,
                            .factor = 1,
-                           .solve = 1,
                            .nearest = 1,
                            .columns = 1,
                            .memory = 1,

@@ -51,12 +51,10 @@ double ProductRate(const ProductShape& shape, at::ScalarType type) {
               [&] { at::matmul(x, w.t()); });
 }
 
-void MeasureFactors(MachineRates& rates) {
+double FactorRate() {
   constexpr auto kSize = static_cast<double>(kFactorSize);
   const at::Tensor matrix = at::eye(kFactorSize) * 2 + 1.0 / kSize;
-  rates.factor = Rate(kSize * kSize * kSize / 3, [&] { at::linalg_cholesky_ex(matrix); });
-  const at::Tensor lower = std::get<0>(at::linalg_cholesky_ex(matrix));
-  rates.solve = Rate(2 * kSize * kSize * kSize, [&] { at::cholesky_solve(matrix, lower); });
+  return Rate(kSize * kSize * kSize / 3, [&] { at::linalg_cholesky_ex(matrix); });
 }
 
 void MeasureRounding(MachineRates& rates) {
@@ -156,11 +154,10 @@ Result<double> WriteRate(const std::filesystem::path& scratch) {
 }  // namespace
 
 Json MachineRates::ToJson() const {
-  return {{"product_flop", product},    {"float32_product_flop", float_product},
-          {"factor_flop", factor},      {"solve_flop", solve},
-          {"nearest_weights", nearest}, {"column_weights", columns},
-          {"memory_bytes", memory},     {"read_bytes", read},
-          {"write_bytes", write}};
+  return {{"product_flop", product},   {"float32_product_flop", float_product},
+          {"factor_flop", factor},     {"nearest_weights", nearest},
+          {"column_weights", columns}, {"memory_bytes", memory},
+          {"read_bytes", read},        {"write_bytes", write}};
 }
 
 Result<MachineRates> MeasureMachine(const ProductShape& shape, at::ScalarType compute,
@@ -171,7 +168,7 @@ Result<MachineRates> MeasureMachine(const ProductShape& shape, at::ScalarType co
     const at::NoGradGuard no_grad;
     rates.float_product = ProductRate(shape, at::kFloat);
     rates.product = compute == at::kFloat ? rates.float_product : ProductRate(shape, compute);
-    MeasureFactors(rates);
+    rates.factor = FactorRate();
     MeasureRounding(rates);
     rates.memory = MemoryRate();
     return {};

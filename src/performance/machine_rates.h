@@ -20,7 +20,6 @@ struct MachineRates {
   double product = 0;        // FLOP of matrix products in the compute dtype
   double float_product = 0;  // the same in float32
   double factor = 0;         // FLOP of a Cholesky factorization in float32
-  double solve = 0;          // FLOP of triangular solves in float32
   double nearest = 0;        // weights rounded to nearest and decoded
   double columns = 0;        // weights rounded in GPTQ's inner loop, scales chosen
   double memory = 0;         // bytes that elementwise operators read and write

@@ -1,5 +1,6 @@
 #include "performance/memory.h"
 
+#include <malloc.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -44,5 +45,7 @@ int64_t ResidentBytes() {
   file >> all >> resident;
   return resident * ::sysconf(_SC_PAGESIZE);
 }
+
+void ReturnFreedMemory() { ::malloc_trim(0); }
 
 }  // namespace prismaquant

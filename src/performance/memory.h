@@ -12,6 +12,8 @@ namespace prismaquant {
 int64_t AvailableMemoryBytes();
 // Resident set of this process.
 int64_t ResidentBytes();
+// Gives the system back what the heap holds of freed memory.
+void ReturnFreedMemory();
 
 }  // namespace prismaquant
 

@@ -427,6 +427,11 @@ Result<Json> RenderReport(RunStore& store, const std::string& key, int64_t layer
   return report;
 }
 
+Result<bool> IsRenderingBegun(RunStore& store, const std::string& key) {
+  PQ_ASSIGN_OR_RETURN(const auto stages, store.Stages());
+  return stages.count(StageName(key)) > 0;
+}
+
 Status DropRendering(RunStore& store, const std::string& key) {
   PQ_RETURN_IF_ERROR(store.Forget(StageName(key)));
   return store.RemoveBlobs("render/" + key);

@@ -41,6 +41,9 @@ using FormatChoice = std::map<std::string, const Format*>;
 // Names the rendering of these choices under these options within a run store.
 std::string RenderKey(const FormatChoice& formats, const RenderOptions& options);
 
+// Whether the store holds a layer of it.
+Result<bool> IsRenderingBegun(RunStore& store, const std::string& key);
+
 // Renders what the store does not hold yet under `key`.
 Status RenderModel(const Model& model, const Calibration& calibration, const FormatChoice& formats,
                    const RenderOptions& options, const std::string& key, RunStore& store);
