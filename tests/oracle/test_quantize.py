@@ -176,7 +176,7 @@ def test_memory_that_is_too_little_is_refused_before_anything_is_done(tmp_path):
     said = run(*flags, "--memory", "100MB", expect=1).stderr.strip()
     smallest = re.search(r"the smallest --memory that can is (\d+)MB", said)
     assert smallest and said.count("\n") == 0, said
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
     # What the process holds before it begins differs a little from start to start.
     run(*flags, "--memory", f"{int(smallest[1]) + 20}MB", "--dry-run")
 
