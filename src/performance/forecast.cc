@@ -20,7 +20,7 @@ constexpr Passes kForward{.linear = 8, .recurrent = 30, .weights = 3};
 constexpr Passes kBackward{.linear = 95, .recurrent = 450, .weights = 3};
 constexpr double kLossPasses = 80;     // over the logits
 constexpr double kPricingPasses = 50;  // over the rows of lm_head
-constexpr double kErrorPasses = 12;    // over the weights, per priced format
+constexpr double kErrorPasses = 4;     // over the weights, per priced format
 constexpr double kRoundPasses = 20;    // over the weights that are rounded
 constexpr double kHessianPasses = 10;  // over a Hessian
 constexpr double kRowPasses = 24;      // over inputs and outputs of what is rounded
@@ -169,11 +169,9 @@ class Forecaster {
         needs.read += layer.stored + 2 * states * layer.hidden;
         needs.written += states * layer.hidden;
         const double errors = product_ * formats * priced;
-        const double loading = 4 * kFloat * layer.LargestWeight();
         const double running = product_ * layer.LargestWeight() + SavedActivations(part, layer);
         needs.resident =
-            std::max(needs.resident, Loaded(layer) + errors + std::max(loading, running) +
-                                         3 * states * layer.hidden);
+            std::max(needs.resident, Loaded(layer) + errors + running + 3 * states * layer.hidden);
       }
     }
     AddGptqPass(needs);

@@ -9,6 +9,7 @@
 
 #include "base/progress.h"
 #include "formats/extremes.h"
+#include "probe/statistics.h"
 
 namespace prismaquant {
 namespace {
@@ -62,7 +63,7 @@ class HeadPricer {
     Progress progress("probe, lm_head", linear_.out, "rows");
     for (int64_t row = 0; row < linear_.out; row += kSliceRows) {
       const int64_t rows = std::min(kSliceRows, linear_.out - row);
-      PriceSlice(row, weight_.narrow(0, row, rows).to(at::kFloat));
+      PriceSlice(row, weight_.narrow(0, row, rows));
       progress.Advance(rows);
     }
     const double scale = positions_.Scale();
@@ -115,7 +116,7 @@ class HeadPricer {
 
   // a b, and its inner product with the rows of c: float64 [positions].
   at::Tensor RowProducts(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) const {
-    return (at::matmul(a, b.to(products_)) * c).sum(-1, false, at::kFloat).to(at::kDouble);
+    return (at::matmul(a, b) * c).sum(-1, false, at::kFloat).to(at::kDouble);
   }
 
   void PriceSlice(int64_t row, const at::Tensor& weight) {
@@ -127,15 +128,15 @@ class HeadPricer {
     const at::Tensor passed_on = at::matmul(g, rows).to(at::kFloat);
     for (Priced& priced : priced_) {
       if (priced.format == &SourceFormat()) continue;
-      const at::Tensor error =
-          priced.format->Decode(priced.format->Encode(weight, scales_, linear_.dtype)) - weight;
-      priced.squared_error += error.square().sum(-1).sum(at::kDouble).item<double>();
+      const NearestError found =
+          RoundToNearest(*priced.format, weight, scales_, linear_.dtype, products_);
+      priced.squared_error += found.squares;
       at::Tensor x = positions_.x;
       if (priced.activation_error.defined()) {
         x = x + priced.activation_error;
         priced.sums += (passed_on * priced.activation_error).sum(-1).to(at::kDouble);
       }
-      priced.sums += RowProducts(g, error, x);
+      priced.sums += RowProducts(g, found.error, x);
     }
   }
 

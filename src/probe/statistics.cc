@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "formats/extremes.h"
@@ -10,9 +11,13 @@
 namespace prismaquant {
 namespace {
 
-// Products are summed along rows in float32 (pairwise, by ATen) and the row sums in float64.
-double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
-  return (a * b).sum(-1).sum(at::kDouble).item<double>();
+// Rounded at a time, rows being rounded independently of each other: so many stay in the
+// processor's caches.
+constexpr int64_t kBlockWeights = 1 << 18;
+
+// Of a contiguous float32 matrix.
+double SumOfSquares(const at::Tensor& error) {
+  return ops::RowProducts(error, {error}).sum(at::kDouble).item<double>();
 }
 
 // Of the parts of a sum.
@@ -75,16 +80,24 @@ WeightErrors::WeightErrors(const Format& of_format, const at::Tensor& first,
                            const at::Tensor& second, at::ScalarType products)
     : format(&of_format) {
   const auto mean_square_of = [](const at::Tensor& error) {
-    return InnerProduct(error, error) / static_cast<double>(error.numel());
+    return SumOfSquares(error) / static_cast<double>(error.numel());
   };
-  of_half[0] = first.to(products);
-  mean_square = mean_square_of(first);
-  if (second.is_same(first)) {
-    of_half[1] = of_half[0];
-  } else {
-    of_half[1] = second.to(products);
-    mean_square = (mean_square + mean_square_of(second)) / 2;
+  of_half = {first.to(products), second.to(products)};
+  mean_square = (mean_square_of(first) + mean_square_of(second)) / 2;
+}
+
+NearestError RoundToNearest(const Format& format, const at::Tensor& weight,
+                            const SharedScales& scales, DType source, at::ScalarType products) {
+  const int64_t out = weight.size(0), rows = std::max<int64_t>(kBlockWeights / weight.size(1), 1);
+  NearestError result{.error = at::empty(weight.sizes(), products)};
+  for (int64_t begin = 0; begin < out; begin += rows) {
+    const int64_t count = std::min(rows, out - begin);
+    const at::Tensor block = weight.narrow(0, begin, count).to(at::kFloat);
+    const at::Tensor error = format.Decode(format.Encode(block, scales, source)).sub_(block);
+    result.squares += SumOfSquares(error);
+    result.error.narrow(0, begin, count).copy_(error);
   }
+  return result;
 }
 
 std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tensor& weight,
@@ -93,16 +106,14 @@ std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tens
                                         at::ScalarType products) {
   std::vector<WeightErrors> errors;
   if (!linear.allocatable) return errors;
-  const at::Tensor weight_f32 = weight.to(at::kFloat);
   for (const Format* format : formats) {
     if (!format->Supports(linear.out, linear.in)) continue;
-    if (format == &SourceFormat()) {
-      errors.emplace_back().format = format;
-      continue;
-    }
-    const at::Tensor error =
-        format->Decode(format->Encode(weight_f32, scales, linear.dtype)).sub_(weight_f32);
-    errors.emplace_back(*format, error, error, products);
+    WeightErrors& of_format = errors.emplace_back();
+    of_format.format = format;
+    if (format == &SourceFormat()) continue;
+    const NearestError found = RoundToNearest(*format, weight, scales, linear.dtype, products);
+    of_format.of_half = {found.error, found.error};
+    of_format.mean_square = found.squares / static_cast<double>(weight.numel());
   }
   return errors;
 }

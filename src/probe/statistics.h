@@ -68,11 +68,19 @@ struct WeightErrors {
   double mean_square = 0;  // of the elements in float32, mean over the halves
 
   WeightErrors() = default;
-  // first, second: float32 [out, in].
+  // Cross-fitted. first, second: float32 [out, in].
   WeightErrors(const Format& format, const at::Tensor& first, const at::Tensor& second,
                at::ScalarType products);
   bool cross_fitted() const { return of_half[0].defined() && !of_half[0].is_same(of_half[1]); }
 };
+
+struct NearestError {
+  at::Tensor error;    // [out, in], in the dtype that was asked for
+  double squares = 0;  // sum of those of the error in float32
+};
+// Of rounding `weight` [out, in], stored as `source`, to nearest.
+NearestError RoundToNearest(const Format& format, const at::Tensor& weight,
+                            const SharedScales& scales, DType source, at::ScalarType products);
 
 // Of rounding to nearest, for every format that can hold the weight [out, in]; none for a Linear
 // that is not to be allocated.
