@@ -4,7 +4,7 @@
 usage: calibration_mix.py PROGRAM SOURCE --out DIR [--bpp 4.75] [--tokens 4096]
 
 The texts are the bundled mixture and, of each data/heldout-DOMAIN.txt, the first half; measured is on the second halves. A row keeps its result in
-DIR and is not run again.
+DIR and is not run again with the same numbers.
 """
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def main() -> None:
     print("| calibration | tokens |", " | ".join(DOMAINS), "|")
     print("|---" * (2 + len(DOMAINS)) + "|")
     for name, samples in [(domain, 8) for domain in DOMAINS] + [("bundled", 8), ("bundled", 32)]:
-        folder = arguments.out / f"{name}-{samples}"
+        folder = arguments.out / f"{name}-{samples}x{SEQUENCE}-{arguments.bpp}-{arguments.tokens}"
         measured = measure(arguments.program, arguments.source, folder, texts[name], samples, arguments.bpp, arguments.tokens)
         cells = [f"{measured[domain]['kl']:.3f} ± {measured[domain]['kl_stderr']:.3f}" for domain in DOMAINS]
         print(f"| {name} | {samples * SEQUENCE} |", " | ".join(cells), "|", flush=True)

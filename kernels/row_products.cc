@@ -98,4 +98,8 @@ at::Tensor RowProducts(const at::Tensor& a, at::TensorList b) {
   return op.call(a, b);
 }
 
+double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
+  return RowProducts(a, {b}).sum(at::kDouble).item<double>();
+}
+
 }  // namespace prismaquant::ops

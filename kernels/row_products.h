@@ -13,6 +13,9 @@ namespace prismaquant::ops {
 // sum_j a_rj b_rj, summed in float32 in 32 interleaved parts. Other tensors throw c10::Error.
 at::Tensor RowProducts(const at::Tensor& a, at::TensorList b);
 
+// sum_rj a_rj b_rj of two such matrices: the same row sums, added in float64.
+double InnerProduct(const at::Tensor& a, const at::Tensor& b);
+
 }  // namespace prismaquant::ops
 
 #endif  // PRISMAQUANT_KERNELS_ROW_PRODUCTS_H_

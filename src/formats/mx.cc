@@ -11,8 +11,9 @@ namespace {
 
 // What tells the microscaling formats apart.
 struct MxKind {
-  std::string_view name, codes, compression_format;
-  DType code_type;  // of the tensor `codes`
+  std::string_view name, compression_format;
+  const char* codes;  // name of the tensor that holds them
+  DType code_type;
   int bits;
   Grid grid;
   std::tuple<at::Tensor, at::Tensor> (*encode)(const at::Tensor& weight);
@@ -21,8 +22,8 @@ struct MxKind {
 };
 
 constexpr MxKind kMxfp4{.name = "mxfp4",
-                        .codes = "weight_packed",
                         .compression_format = "mxfp4-pack-quantized",
+                        .codes = "weight_packed",
                         .code_type = DType::kU8,
                         .bits = 4,
                         .grid = Grid::kE2M1Group32,
@@ -30,8 +31,8 @@ constexpr MxKind kMxfp4{.name = "mxfp4",
                         .decode = ops::Mxfp4Decode,
                         .quantize = ops::Mxfp4QuantizeActivation};
 constexpr MxKind kMxfp8{.name = "mxfp8",
-                        .codes = "weight",
                         .compression_format = "mxfp8-quantized",
+                        .codes = "weight",
                         .code_type = DType::kF8E4M3,
                         .bits = 8,
                         .grid = Grid::kE4M3Group32,
@@ -52,7 +53,7 @@ class Mx : public Format {
 
   // A byte holds one code, or two.
   std::vector<TensorSpec> Layout(int64_t out, int64_t in, DType) const override {
-    return {{std::string(kind_.codes), kind_.code_type, {out, in * kind_.bits / 8}},
+    return {{kind_.codes, kind_.code_type, {out, in * kind_.bits / 8}},
             {"weight_scale", DType::kU8, {out, in / kMxGroupSize}}};
   }
   int64_t PayloadBytes(int64_t out, int64_t in, DType) const override {
@@ -61,10 +62,10 @@ class Mx : public Format {
 
   StoredTensors Encode(const at::Tensor& weight, const SharedScales&, DType) const override {
     auto [codes, scale] = kind_.encode(weight);
-    return {{std::string(kind_.codes), codes}, {"weight_scale", scale}};
+    return {{kind_.codes, codes}, {"weight_scale", scale}};
   }
   at::Tensor Decode(const StoredTensors& stored) const override {
-    return kind_.decode(stored.at(std::string(kind_.codes)), stored.at("weight_scale"));
+    return kind_.decode(stored.at(kind_.codes), stored.at("weight_scale"));
   }
   at::Tensor QuantizeActivation(const at::Tensor& x, const StoredTensors&) const override {
     return Quantize(x);

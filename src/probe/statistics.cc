@@ -15,11 +15,6 @@ namespace {
 // processor's caches.
 constexpr int64_t kBlockWeights = 1 << 18;
 
-// Of a contiguous float32 matrix.
-double SumOfSquares(const at::Tensor& error) {
-  return ops::RowProducts(error, {error}).sum(at::kDouble).item<double>();
-}
-
 // Of the parts of a sum.
 struct Parts {
   double sum = 0, squares = 0;
@@ -80,7 +75,7 @@ WeightErrors::WeightErrors(const Format& of_format, const at::Tensor& first,
                            const at::Tensor& second, at::ScalarType products)
     : format(&of_format) {
   const auto mean_square_of = [](const at::Tensor& error) {
-    return SumOfSquares(error) / static_cast<double>(error.numel());
+    return ops::InnerProduct(error, error) / static_cast<double>(error.numel());
   };
   of_half = {first.to(products), second.to(products)};
   mean_square = (mean_square_of(first) + mean_square_of(second)) / 2;
@@ -94,7 +89,7 @@ NearestError RoundToNearest(const Format& format, const at::Tensor& weight,
     const int64_t count = std::min(rows, out - begin);
     const at::Tensor block = weight.narrow(0, begin, count).to(at::kFloat);
     const at::Tensor error = format.Decode(format.Encode(block, scales, source)).sub_(block);
-    result.squares += SumOfSquares(error);
+    result.squares += ops::InnerProduct(error, error);
     result.error.narrow(0, begin, count).copy_(error);
   }
   return result;

@@ -11,11 +11,6 @@ namespace {
 
 constexpr int64_t kBlockTokens = 4096;
 
-// Both contiguous and float32.
-double InnerProduct(const at::Tensor& a, const at::Tensor& b) {
-  return ops::RowProducts(a, {b}).sum(at::kDouble).item<double>();
-}
-
 // `rows` [tokens, ..] times the root of each token's weight.
 at::Tensor Weighted(const at::Tensor& rows, const at::Tensor& token_weights,
                     at::ScalarType products) {
@@ -47,7 +42,7 @@ double InputRows::LackEnergy() const {
   double energy = 0;
   for (const at::Tensor& lack : lack_) {
     const at::Tensor wide = lack.to(at::kFloat);
-    energy += InnerProduct(wide, wide);
+    energy += ops::InnerProduct(wide, wide);
   }
   return energy;
 }
@@ -58,13 +53,13 @@ RoundingError InputRows::ErrorOf(const at::Tensor& decoded, const at::Tensor& we
   const at::Tensor difference = (decoded - weight).to(x_.front().scalar_type());
   for (size_t i = 0; i < x_.size(); ++i) {
     const at::Tensor y = at::matmul(x_[i], difference.t()).to(at::kFloat);
-    const double square = InnerProduct(y, y);
+    const double square = ops::InnerProduct(y, y);
     error.weight += square;
     if (lack_.empty()) {
       error.output += square;
     } else {
       const at::Tensor distance = y - lack_[i];
-      error.output += InnerProduct(distance, distance);
+      error.output += ops::InnerProduct(distance, distance);
     }
   }
   return error;
@@ -96,7 +91,7 @@ InputMoments InputMoments::WithNoise(const at::Tensor& noise) const {
 
 RoundingError InputMoments::ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const {
   const at::Tensor difference = decoded - weight;
-  const double error = InnerProduct(at::matmul(difference, hessian_), difference);
+  const double error = ops::InnerProduct(at::matmul(difference, hessian_), difference);
   return {.weight = error, .output = error};
 }
 
