@@ -41,7 +41,7 @@ void Nvfp4Encode(const float* w, int64_t in, float global_scale, uint8_t* packed
     const float effective = stored / global_scale;
     scale[g] = EncodeE4M3(stored);
     uint8_t codes[kNvfp4GroupSize];
-    for (int64_t i = 0; i < kNvfp4GroupSize; ++i)
+    PQ_LANES (int64_t i = 0; i < kNvfp4GroupSize; ++i)
       codes[i] = EncodeE2M1(RoundToE2M1(WithoutNegativeZero(group[i] / effective)));
     PackNibbles(codes, packed + g * kNvfp4GroupSize / 2);
   }
@@ -55,7 +55,7 @@ void Nvfp4Decode(const uint8_t* packed, const uint8_t* scale, int64_t in, float 
     uint8_t codes[kNvfp4GroupSize];
     UnpackNibbles(packed + g * kNvfp4GroupSize / 2, codes);
     float* group = w + g * kNvfp4GroupSize;
-    for (int64_t i = 0; i < kNvfp4GroupSize; ++i) group[i] = DecodeE2M1(codes[i]) * effective;
+    PQ_LANES (int64_t i = 0; i < kNvfp4GroupSize; ++i) group[i] = DecodeE2M1(codes[i]) * effective;
   }
 }
 
@@ -64,7 +64,7 @@ void Nvfp4Quantize(const float* x, int64_t in, float global_scale, float* y) {
   for (int64_t g = 0; g < in / kNvfp4GroupSize; ++g) {
     const float* group = x + g * kNvfp4GroupSize;
     const float effective = Nvfp4GroupScale(group, global_scale) / global_scale;
-    for (int64_t i = 0; i < kNvfp4GroupSize; ++i) {
+    PQ_LANES (int64_t i = 0; i < kNvfp4GroupSize; ++i) {
       y[g * kNvfp4GroupSize + i] =
           RoundToE2M1(WithoutNegativeZero(group[i] / effective)) * effective;
     }

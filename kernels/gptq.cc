@@ -12,6 +12,8 @@
 namespace prismaquant::ops {
 namespace {
 
+constexpr int64_t kRowsPerTask = 16;
+
 bool HasIntegerCodes(GptqGrid grid) {
   return grid == GptqGrid::kInt4Group128 || grid == GptqGrid::kInt8Group128;
 }
@@ -82,29 +84,26 @@ void GptqBlockCpu(int64_t grid_number, const at::Tensor& weight, const at::Tenso
   auto* s = static_cast<uint8_t*>(scale.mutable_data_ptr());
   const at::Tensor wide = scale.is_floating_point() ? scale.to(at::kFloat) : at::Tensor();
   auto* f = wide.defined() ? wide.mutable_data_ptr<float>() : nullptr;
-  at::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t first = r * columns;
-      switch (grid) {
-        case GptqGrid::kE2M1Group16:
-          rows::GptqE2M1Group16(block, w + first, s + r * groups, c + first, e + first);
-          break;
-        case GptqGrid::kE4M3Group32:
-          rows::GptqE4M3Group32(block, w + first, s + r * groups, c + first, e + first);
-          break;
-        case GptqGrid::kE2M1Group32:
-          rows::GptqE2M1Group32(block, w + first, s + r * groups, c + first, e + first);
-          break;
-        case GptqGrid::kInt4Group128:
-          rows::GptqInt4Group128(block, w + first, f + r * groups, c + first, e + first);
-          break;
-        case GptqGrid::kInt8Group128:
-          rows::GptqInt8Group128(block, w + first, f + r * groups, c + first, e + first);
-          break;
-        case GptqGrid::kE4M3Row:
-          rows::GptqE4M3Row(block, w + first, f[r], c + first, e + first);
-          break;
-      }
+  at::parallel_for(0, out, kRowsPerTask, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * columns, rows = end - begin;
+    switch (grid) {
+      case GptqGrid::kE2M1Group16:
+        return rows::GptqE2M1Group16(block, rows, w + first, s + begin * groups, c + first,
+                                     e + first);
+      case GptqGrid::kE4M3Group32:
+        return rows::GptqE4M3Group32(block, rows, w + first, s + begin * groups, c + first,
+                                     e + first);
+      case GptqGrid::kE2M1Group32:
+        return rows::GptqE2M1Group32(block, rows, w + first, s + begin * groups, c + first,
+                                     e + first);
+      case GptqGrid::kInt4Group128:
+        return rows::GptqInt4Group128(block, rows, w + first, f + begin * groups, c + first,
+                                      e + first);
+      case GptqGrid::kInt8Group128:
+        return rows::GptqInt8Group128(block, rows, w + first, f + begin * groups, c + first,
+                                      e + first);
+      case GptqGrid::kE4M3Row:
+        return rows::GptqE4M3Row(block, rows, w + first, f + begin, c + first, e + first);
     }
   });
   if (HasIntegerCodes(grid)) scale.copy_(wide);

@@ -19,17 +19,18 @@ constexpr int kFirstIntStep = 10;
 constexpr int kLastIntStep = 22;
 constexpr float kIntStepsOfOne = 20;
 constexpr int kIntStepsOfOneCandidate = 10;  // the codec's own among them
+// Rows that are rounded at once, side by side.
+constexpr int kRowsInStep = 16;
+// Of them, those whose scales are searched in step, so that none waits for its own divisions.
+constexpr int kRowsSearched = 4;
+// Columns among which an error is spread at once; over those behind, tile by tile. Divides every
+// group size.
+constexpr int64_t kTile = 16;
 // The codec's scale for a group whose own rounds to zero.
 constexpr float kNvfp4ZeroScale = 0.125F;
 
 // As the codec, which gives a quotient of -0 the code 0.
 PQ_INLINE float WithoutNegativeZero(float x) { return x + 0.0F; }
-
-// Spreads the error of column j over the columns right of it.
-PQ_INLINE void Propagate(const GptqBlockView& block, int64_t j, float spread, float* w) {
-  const float* u = block.u + j * block.columns;
-  for (int64_t k = j + 1; k < block.columns; ++k) w[k] -= spread * u[k];
-}
 
 // What a column's code can mean.
 struct E2M1 {
@@ -48,30 +49,36 @@ struct Int {
   static PQ_INLINE uint8_t Encode(float value) { return EncodeInt<kBits>(value); }
 };
 
-// For each scale, the error that rounding the group column by column under it would leave,
+// For each row and scale, the error that rounding the group column by column under it would leave,
 // sum_j ((q_j - w_j) / u_jj)^2 with w_j as compensated by then. Candidates lie side by side, so
-// that they are computed at once.
-template <typename Element, int64_t kGroup, int kCandidates>
+// that they are computed at once; rows do not wait for each other's divisions.
+template <typename Grid, int kRows>
 PQ_INLINE void GroupErrors(const GptqBlockView& block, int64_t begin, const float* w,
-                           const float* scales, float* errors) {
-  float remaining[kGroup][kCandidates];
-  float spread[kCandidates];
-  for (int64_t j = 0; j < kGroup; ++j) {
-    for (int c = 0; c < kCandidates; ++c) remaining[j][c] = w[j];
+                           const float (*scales)[Grid::kCandidates],
+                           float (*errors)[Grid::kCandidates]) {
+  constexpr int kCandidates = Grid::kCandidates;
+  float spread[kRows][Grid::kGroup][kCandidates];
+  for (int r = 0; r < kRows; ++r) {
+    PQ_LANES (int c = 0; c < kCandidates; ++c) errors[r][c] = 0;
   }
-  for (int c = 0; c < kCandidates; ++c) errors[c] = 0;
-    // Unrolled, a group of 16 stays in registers.
-#pragma GCC unroll 16
-  for (int64_t j = 0; j < kGroup; ++j) {
-    const float* u = block.u + (begin + j) * block.columns + begin;
-    for (int c = 0; c < kCandidates; ++c) {
-      const float quantized = Element::Round(remaining[j][c] / scales[c]) * scales[c];
-      spread[c] = (remaining[j][c] - quantized) / u[j];
-      errors[c] += spread[c] * spread[c];
-    }
-#pragma GCC unroll 16
-    for (int64_t k = j + 1; k < kGroup; ++k) {
-      for (int c = 0; c < kCandidates; ++c) remaining[k][c] -= spread[c] * u[k];
+  for (int64_t j = 0; j < Grid::kGroup; ++j) {
+    const float* u = block.u + begin * block.columns + begin + j;
+    const float diagonal = u[j * block.columns];
+    for (int r = 0; r < kRows; ++r) {
+      float remaining[kCandidates];
+      const float target = w[r * block.columns + begin + j];
+      PQ_LANES (int c = 0; c < kCandidates; ++c) remaining[c] = target;
+      for (int64_t i = 0; i < j; ++i) {
+        const float factor = u[i * block.columns];
+        PQ_LANES (int c = 0; c < kCandidates; ++c) remaining[c] -= spread[r][i][c] * factor;
+      }
+      PQ_LANES (int c = 0; c < kCandidates; ++c) {
+        const float scale = scales[r][c];
+        const float quantized = Grid::Element::Round(remaining[c] / scale) * scale;
+        const float error = (remaining[c] - quantized) / diagonal;
+        spread[r][j][c] = error;
+        errors[r][c] += error * error;
+      }
     }
   }
 }
@@ -85,132 +92,255 @@ PQ_INLINE int Best(const float* errors, int count, int preferred) {
   return best;
 }
 
-// The E4M3 code of the group's scale: the codec's rule, or the code in the searched range with the
-// least error.
-PQ_INLINE uint8_t ChooseE2M1Scale(const GptqBlockView& block, int64_t begin, const float* w) {
-  const float largest = LargestMagnitude(w, kNvfp4GroupSize);
-  const float ideal = block.global_scale * (largest / kE2M1Max);
-  int rule = EncodeE4M3(RoundToE4M3(ideal));
-  if (rule == 0) rule = EncodeE4M3(kNvfp4ZeroScale);
-  if (!block.choose_scales || largest == 0) return static_cast<uint8_t>(rule);
-  const int first = std::max<int>(1, EncodeE4M3(RoundToE4M3(ideal * kSmallestMultiple)));
-  uint8_t codes[kE2M1Candidates];
-  float scales[kE2M1Candidates], errors[kE2M1Candidates];
-  for (int c = 0; c < kE2M1Candidates; ++c) {
-    codes[c] = static_cast<uint8_t>(std::min<int>(first + c, kE4M3LargestCode));
-    scales[c] = DecodeE4M3(codes[c]) / block.global_scale;
-  }
-  GroupErrors<E2M1, kNvfp4GroupSize, kE2M1Candidates>(block, begin, w, scales, errors);
-  const int preferred = std::clamp(rule - first, 0, kE2M1Candidates - 1);
-  return codes[Best(errors, kE2M1Candidates, preferred)];
-}
+// A group's candidates, as stored and as they multiply; all are the codec's where there is no
+// choice.
+template <typename Scale, int kCount>
+struct Candidates {
+  Scale stored[kCount];
+  float scales[kCount];
+  int preferred = 0;
 
-// The E8M0 code of the group's scale: the codec's, or one of its neighbours with less error.
-template <typename Element>
-PQ_INLINE uint8_t ChooseE8M0Scale(const GptqBlockView& block, int64_t begin, const float* w) {
-  const int rule = Element::MxScale(LargestMagnitude(w, kMxGroupSize));
-  if (!block.choose_scales || rule <= 1 || rule >= 253) return static_cast<uint8_t>(rule);
-  float scales[kE8M0Candidates], errors[kE8M0Candidates];
-  for (int c = 0; c < kE8M0Candidates; ++c) {
-    scales[c] = DecodeE8M0(static_cast<uint8_t>(rule + c - 1));
-  }
-  GroupErrors<Element, kMxGroupSize, kE8M0Candidates>(block, begin, w, scales, errors);
-  return static_cast<uint8_t>(rule + Best(errors, kE8M0Candidates, 1) - 1);
-}
-
-// The group's scale as stored: the codec's, or the multiple of it in the searched range with the
-// least error.
-template <int kBits>
-PQ_INLINE float ChooseIntScale(const GptqBlockView& block, int64_t begin, const float* w) {
-  constexpr int kCandidates = kLastIntStep - kFirstIntStep + 1;
-  const float largest = LargestMagnitude(w, kIntGroupSize);
-  const float ideal = largest / IntHalfRange(kBits);
-  if (!block.choose_scales || largest == 0) return block.stored_scale(ideal);
-  float scales[kCandidates], errors[kCandidates];
-  for (int c = 0; c < kCandidates; ++c) {
-    scales[c] =
-        block.stored_scale(ideal * (static_cast<float>(kFirstIntStep + c) / kIntStepsOfOne));
-  }
-  GroupErrors<Int<kBits>, kIntGroupSize, kCandidates>(block, begin, w, scales, errors);
-  return scales[Best(errors, kCandidates, kIntStepsOfOneCandidate)];
-}
-
-template <typename Element>
-PQ_INLINE void RoundColumn(const GptqBlockView& block, int64_t j, float scale, float* w,
-                           uint8_t* codes, float* error) {
-  const float value = Element::Round(w[j] / scale);
-  const float quantized = value * scale;
-  codes[j] = Element::Encode(value);
-  error[j] = (w[j] - quantized) / block.u[j * block.columns + j];
-  w[j] = quantized;
-  Propagate(block, j, error[j], w);
-}
-
-template <typename Element>
-PQ_INLINE void MxGroup32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
-                         float* error) {
-  float effective = 1;
-  for (int64_t j = 0; j < block.columns; ++j) {
-    if (j % kMxGroupSize == 0) {
-      scale[j / kMxGroupSize] = ChooseE8M0Scale<Element>(block, j, w + j);
-      effective = DecodeE8M0(scale[j / kMxGroupSize]);
+  PQ_INLINE void Fill(Scale scale, float effective) {
+    for (int c = 0; c < kCount; ++c) {
+      stored[c] = scale;
+      scales[c] = effective;
     }
-    RoundColumn<Element>(block, j, effective, w, codes, error);
+  }
+};
+
+// The E4M3 code that the codec chooses, or one in the searched range.
+struct Nvfp4Grid {
+  using Element = E2M1;
+  using Scale = uint8_t;
+  static constexpr int64_t kGroup = kNvfp4GroupSize;
+  static constexpr int kCandidates = kE2M1Candidates;
+
+  static PQ_INLINE void Propose(const GptqBlockView& block, const float* w,
+                                Candidates<Scale, kCandidates>& found) {
+    const float largest = LargestMagnitude(w, kGroup);
+    const float ideal = block.global_scale * (largest / kE2M1Max);
+    int rule = EncodeE4M3(RoundToE4M3(ideal));
+    if (rule == 0) rule = EncodeE4M3(kNvfp4ZeroScale);
+    if (!block.choose_scales || largest == 0) {
+      const auto code = static_cast<uint8_t>(rule);
+      return found.Fill(code, DecodeE4M3(code) / block.global_scale);
+    }
+    const int first = std::max<int>(1, EncodeE4M3(RoundToE4M3(ideal * kSmallestMultiple)));
+    for (int c = 0; c < kCandidates; ++c) {
+      found.stored[c] = static_cast<uint8_t>(std::min<int>(first + c, kE4M3LargestCode));
+      found.scales[c] = DecodeE4M3(found.stored[c]) / block.global_scale;
+    }
+    found.preferred = std::clamp(rule - first, 0, kCandidates - 1);
+  }
+};
+
+// The E8M0 code that the codec chooses, or one of its neighbours.
+template <typename Value>
+struct MxGrid {
+  using Element = Value;
+  using Scale = uint8_t;
+  static constexpr int64_t kGroup = kMxGroupSize;
+  static constexpr int kCandidates = kE8M0Candidates;
+
+  static PQ_INLINE void Propose(const GptqBlockView& block, const float* w,
+                                Candidates<Scale, kCandidates>& found) {
+    const int rule = Element::MxScale(LargestMagnitude(w, kGroup));
+    const auto code = static_cast<uint8_t>(rule);
+    if (!block.choose_scales || rule <= 1 || rule >= 253) {
+      return found.Fill(code, DecodeE8M0(code));
+    }
+    for (int c = 0; c < kCandidates; ++c) {
+      found.stored[c] = static_cast<uint8_t>(rule + c - 1);
+      found.scales[c] = DecodeE8M0(found.stored[c]);
+    }
+    found.preferred = 1;
+  }
+};
+
+// The scale that the codec chooses, or a multiple of it in the searched range.
+template <int kBits>
+struct IntGrid {
+  using Element = Int<kBits>;
+  using Scale = float;
+  static constexpr int64_t kGroup = kIntGroupSize;
+  static constexpr int kCandidates = kLastIntStep - kFirstIntStep + 1;
+
+  static PQ_INLINE void Propose(const GptqBlockView& block, const float* w,
+                                Candidates<Scale, kCandidates>& found) {
+    const float largest = LargestMagnitude(w, kGroup);
+    const float ideal = largest / IntHalfRange(kBits);
+    if (!block.choose_scales || largest == 0) {
+      const float scale = block.stored_scale(ideal);
+      return found.Fill(scale, scale);
+    }
+    for (int c = 0; c < kCandidates; ++c) {
+      found.scales[c] =
+          block.stored_scale(ideal * (static_cast<float>(kFirstIntStep + c) / kIntStepsOfOne));
+      found.stored[c] = found.scales[c];
+    }
+    found.preferred = kIntStepsOfOneCandidate;
+  }
+};
+
+// One scale per row, which is given.
+struct RowGrid {
+  using Element = E4M3;
+  using Scale = const float;
+  static constexpr int64_t kGroup = 0;
+};
+
+// Chooses the scales of a group of each row; `scale` is the first row's.
+template <typename Grid, int kRows>
+PQ_INLINE void ChooseScales(const GptqBlockView& block, int64_t begin, const float* w,
+                            typename Grid::Scale* scale, float* effective) {
+  Candidates<typename Grid::Scale, Grid::kCandidates> found[kRows];
+  float scales[kRows][Grid::kCandidates], errors[kRows][Grid::kCandidates];
+  for (int r = 0; r < kRows; ++r) {
+    Grid::Propose(block, w + r * block.columns + begin, found[r]);
+    std::copy(found[r].scales, found[r].scales + Grid::kCandidates, scales[r]);
+  }
+  if (block.choose_scales) GroupErrors<Grid, kRows>(block, begin, w, scales, errors);
+  for (int r = 0; r < kRows; ++r) {
+    const int best = block.choose_scales ? Best(errors[r], Grid::kCandidates, found[r].preferred)
+                                         : found[r].preferred;
+    scale[r * (block.columns / Grid::kGroup) + begin / Grid::kGroup] = found[r].stored[best];
+    effective[r] = scales[r][best];
   }
 }
 
-template <int kBits>
-PQ_INLINE void IntGroup128(const GptqBlockView& block, float* w, float* scale, uint8_t* codes,
-                           float* error) {
-  for (int64_t j = 0; j < block.columns; ++j) {
-    if (j % kIntGroupSize == 0) scale[j / kIntGroupSize] = ChooseIntScale<kBits>(block, j, w + j);
-    RoundColumn<Int<kBits>>(block, j, scale[j / kIntGroupSize], w, codes, error);
+// Rounds a tile of `count` columns of each row and spreads the errors within it. Rows lie side by
+// side: all of them are as far at any time.
+template <typename Element, int kRows>
+PQ_INLINE void RoundTile(const GptqBlockView& block, int64_t begin, int64_t count,
+                         const float* effective, float* w, uint8_t* codes, float* error) {
+  const int64_t columns = block.columns;
+  float moved[kTile][kRows], value[kTile][kRows], spread[kTile][kRows];
+  for (int64_t j = 0; j < count; ++j) {
+    PQ_LANES (int r = 0; r < kRows; ++r) moved[j][r] = w[r * columns + begin + j];
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    const float* u = block.u + (begin + j) * columns + begin;
+    const float diagonal = u[j];
+    PQ_LANES (int r = 0; r < kRows; ++r) {
+      const float scale = effective[r];
+      const float rounded = Element::Round(moved[j][r] / scale);
+      const float quantized = rounded * scale;
+      value[j][r] = rounded;
+      spread[j][r] = (moved[j][r] - quantized) / diagonal;
+      moved[j][r] = quantized;
+    }
+    for (int64_t k = j + 1; k < count; ++k) {
+      const float factor = u[k];
+      PQ_LANES (int r = 0; r < kRows; ++r) moved[k][r] -= spread[j][r] * factor;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t first = r * columns + begin;
+    for (int64_t j = 0; j < count; ++j) {
+      w[first + j] = moved[j][r];
+      codes[first + j] = Element::Encode(value[j][r]);
+      error[first + j] = spread[j][r];
+    }
+  }
+}
+
+// Spreads the errors of a whole tile over the columns right of it.
+template <int kRows>
+PQ_INLINE void Propagate(const GptqBlockView& block, int64_t begin, const float* error, float* w) {
+  const int64_t columns = block.columns;
+  int64_t k = begin + kTile;
+  for (; k + kTile <= columns; k += kTile) {
+    for (int r = 0; r < kRows; ++r) {
+      float moved[kTile];
+      PQ_LANES (int64_t l = 0; l < kTile; ++l) moved[l] = w[r * columns + k + l];
+      for (int64_t j = begin; j < begin + kTile; ++j) {
+        const float spread = error[r * columns + j];
+        PQ_LANES (int64_t l = 0; l < kTile; ++l) moved[l] -= spread * block.u[j * columns + k + l];
+      }
+      PQ_LANES (int64_t l = 0; l < kTile; ++l) w[r * columns + k + l] = moved[l];
+    }
+  }
+  for (; k < columns; ++k) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t j = begin; j < begin + kTile; ++j) {
+        w[r * columns + k] -= error[r * columns + j] * block.u[j * columns + k];
+      }
+    }
+  }
+}
+
+template <typename Grid, int kRows>
+PQ_INLINE void RoundRows(const GptqBlockView& block, float* w, typename Grid::Scale* scale,
+                         uint8_t* codes, float* error) {
+  float effective[kRows] = {};
+  if constexpr (Grid::kGroup == 0) std::copy(scale, scale + kRows, effective);
+  for (int64_t begin = 0; begin < block.columns; begin += kTile) {
+    if constexpr (Grid::kGroup > 0) {
+      constexpr int kSearched = kRows < kRowsSearched ? kRows : kRowsSearched;
+      const int64_t groups = block.columns / Grid::kGroup;
+      for (int r = 0; begin % Grid::kGroup == 0 && r < kRows; r += kSearched) {
+        ChooseScales<Grid, kSearched>(block, begin, w + r * block.columns, scale + r * groups,
+                                      effective + r);
+      }
+    }
+    RoundTile<typename Grid::Element, kRows>(block, begin, std::min(kTile, block.columns - begin),
+                                             effective, w, codes, error);
+    Propagate<kRows>(block, begin, error, w);
+  }
+}
+
+template <typename Grid>
+PQ_INLINE void RoundAll(const GptqBlockView& block, int64_t rows, float* w,
+                        typename Grid::Scale* scale, uint8_t* codes, float* error) {
+  const int64_t scales = Grid::kGroup > 0 ? block.columns / std::max<int64_t>(Grid::kGroup, 1) : 1;
+  int64_t r = 0;
+  for (; r + kRowsInStep <= rows; r += kRowsInStep) {
+    const int64_t first = r * block.columns;
+    RoundRows<Grid, kRowsInStep>(block, w + first, scale + r * scales, codes + first,
+                                 error + first);
+  }
+  for (; r < rows; ++r) {
+    const int64_t first = r * block.columns;
+    RoundRows<Grid, 1>(block, w + first, scale + r * scales, codes + first, error + first);
   }
 }
 
 }  // namespace
 
 PQ_MULTIVERSION
-void GptqE2M1Group16(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
-                     float* error) {
-  float effective = 1;
-  for (int64_t j = 0; j < block.columns; ++j) {
-    if (j % kNvfp4GroupSize == 0) {
-      const uint8_t code = ChooseE2M1Scale(block, j, w + j);
-      scale[j / kNvfp4GroupSize] = code;
-      effective = DecodeE4M3(code) / block.global_scale;
-    }
-    RoundColumn<E2M1>(block, j, effective, w, codes, error);
-  }
+void GptqE2M1Group16(const GptqBlockView& block, int64_t rows, float* w, uint8_t* scale,
+                     uint8_t* codes, float* error) {
+  RoundAll<Nvfp4Grid>(block, rows, w, scale, codes, error);
 }
 
 PQ_MULTIVERSION
-void GptqE4M3Group32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
-                     float* error) {
-  MxGroup32<E4M3>(block, w, scale, codes, error);
+void GptqE4M3Group32(const GptqBlockView& block, int64_t rows, float* w, uint8_t* scale,
+                     uint8_t* codes, float* error) {
+  RoundAll<MxGrid<E4M3>>(block, rows, w, scale, codes, error);
 }
 
 PQ_MULTIVERSION
-void GptqE2M1Group32(const GptqBlockView& block, float* w, uint8_t* scale, uint8_t* codes,
-                     float* error) {
-  MxGroup32<E2M1>(block, w, scale, codes, error);
+void GptqE2M1Group32(const GptqBlockView& block, int64_t rows, float* w, uint8_t* scale,
+                     uint8_t* codes, float* error) {
+  RoundAll<MxGrid<E2M1>>(block, rows, w, scale, codes, error);
 }
 
 PQ_MULTIVERSION
-void GptqInt4Group128(const GptqBlockView& block, float* w, float* scale, uint8_t* codes,
-                      float* error) {
-  IntGroup128<4>(block, w, scale, codes, error);
+void GptqInt4Group128(const GptqBlockView& block, int64_t rows, float* w, float* scale,
+                      uint8_t* codes, float* error) {
+  RoundAll<IntGrid<4>>(block, rows, w, scale, codes, error);
 }
 
 PQ_MULTIVERSION
-void GptqInt8Group128(const GptqBlockView& block, float* w, float* scale, uint8_t* codes,
-                      float* error) {
-  IntGroup128<8>(block, w, scale, codes, error);
+void GptqInt8Group128(const GptqBlockView& block, int64_t rows, float* w, float* scale,
+                      uint8_t* codes, float* error) {
+  RoundAll<IntGrid<8>>(block, rows, w, scale, codes, error);
 }
 
 PQ_MULTIVERSION
-void GptqE4M3Row(const GptqBlockView& block, float* w, float scale, uint8_t* codes, float* error) {
-  for (int64_t j = 0; j < block.columns; ++j) RoundColumn<E4M3>(block, j, scale, w, codes, error);
+void GptqE4M3Row(const GptqBlockView& block, int64_t rows, float* w, const float* scale,
+                 uint8_t* codes, float* error) {
+  RoundAll<RowGrid>(block, rows, w, scale, codes, error);
 }
 
 }  // namespace prismaquant::rows

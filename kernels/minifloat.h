@@ -23,6 +23,13 @@
 #endif
 // Helpers of such a function must be inlined into it to be compiled for its instruction set.
 #define PQ_INLINE inline __attribute__((always_inline))
+// A loop of constant length that is to become one instruction or a few for each of its operations.
+// GCC would unroll it first and make less of what it then finds.
+#if defined(__GNUC__) && !defined(__clang__)
+#define PQ_LANES _Pragma("GCC unroll 1") for
+#else
+#define PQ_LANES for
+#endif
 
 static_assert(std::endian::native == std::endian::little);
 

@@ -223,13 +223,14 @@ class Forecaster {
     }
   }
 
-  // Of the layer's Linear that takes most: Hessian, the same reordered, the factor and the damped
-  // copy, and the weight in its several states.
+  // Of the layer's Linear that takes most: Hessian, its factor, and that for products, and the
+  // weight in its several states.
   double RoundingMemory(const LayerShape& layer) const {
     double most = 0;
     for (const LinearShape& linear : layer.linears) {
       if (!linear.allocatable) continue;
-      most = std::max(most, kFloat * (4 * linear.in * linear.in + 6 * linear.weights()));
+      most = std::max(
+          most, (2 * kFloat + product_) * linear.in * linear.in + 6 * kFloat * linear.weights());
     }
     return most;
   }

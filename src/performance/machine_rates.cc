@@ -15,6 +15,7 @@
 #include "formats/torch_guard.h"
 #include "io/file_system.h"
 #include "kernels/gptq.h"
+#include "kernels/symmetric.h"
 
 namespace prismaquant {
 namespace {
@@ -54,7 +55,7 @@ double ProductRate(const ProductShape& shape, at::ScalarType type) {
 double FactorRate() {
   constexpr auto kSize = static_cast<double>(kFactorSize);
   const at::Tensor matrix = at::eye(kFactorSize) * 2 + 1.0 / kSize;
-  return Rate(kSize * kSize * kSize / 3, [&] { at::linalg_cholesky_ex(matrix); });
+  return Rate(kSize * kSize * kSize / 3, [&] { ops::CholeskyInPlace(matrix.clone()); });
 }
 
 void MeasureRounding(MachineRates& rates) {

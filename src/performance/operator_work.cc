@@ -47,8 +47,7 @@ const std::map<std::string_view, Work>& Works() {
       {"aten::addmm_", [](const List& t) { return Product(t[1], t[2]); }},
       {"aten::baddbmm", [](const List& t) { return Product(t[1], t[2]); }},
       {"aten::baddbmm_", [](const List& t) { return Product(t[1], t[2]); }},
-      {"aten::linalg_cholesky_ex",
-       [](const List& t) { return Elements(t[0]) * Size(t[0], 1) / 3; }},
+      {"prismaquant::cholesky_", [](const List& t) { return Elements(t[0]) * Size(t[0], 1) / 3; }},
       {"aten::linalg_solve_triangular",
        [](const List& t) { return Elements(t[1]) * Size(t[0], 1); }},
       {"aten::cholesky_solve", [](const List& t) { return 2 * Elements(t[0]) * Size(t[1], 1); }},
@@ -70,7 +69,7 @@ double OperatorFlop(const std::string& name, Values inputs) {
   const auto work = Works().find(name);
   if (work == Works().end()) return 0;
   const std::vector<at::Tensor> tensors = Tensors(inputs);
-  return tensors.size() < 2 && name != "aten::linalg_cholesky_ex" ? 0 : work->second(tensors);
+  return tensors.size() < 2 && name != "prismaquant::cholesky_" ? 0 : work->second(tensors);
 }
 
 double TensorBytesOf(Values values) {

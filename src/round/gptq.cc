@@ -10,6 +10,7 @@
 #include "formats/extremes.h"
 #include "kernels/gather.h"
 #include "kernels/gptq.h"
+#include "kernels/symmetric.h"
 #include "round/scale_sweep.h"
 
 namespace prismaquant {
@@ -33,10 +34,10 @@ at::ScalarType FactorType(int64_t columns) {
   return columns <= kLargestFloat64 ? at::kDouble : at::kFloat;
 }
 
-// A matrix over `unit`, with damping on its diagonal.
+// A symmetric matrix over `unit`, with damping on its diagonal, and its factor in the same memory.
 class DampedMatrix {
  public:
-  // `matrix`: symmetric; overwritten if it is of `type`, that of the factor.
+  // `matrix`: contiguous; overwritten if it is of `type`, that of the factor.
   DampedMatrix(at::Tensor matrix, at::ScalarType type)
       : mean_(AllFinite(matrix) ? matrix.diagonal().to(at::kDouble).mean().item<double>() : 0),
         unit_(IsUsable() ? PowerOfFour(mean_) : 1),
@@ -44,13 +45,15 @@ class DampedMatrix {
         diagonal_(matrix_.diagonal().clone()) {}
 
   double unit() const { return unit_; }
-  // The lower Cholesky factor; a row without inputs has the damping alone for its diagonal.
-  // Undefined if it cannot be had.
+  // The lower Cholesky factor, with the matrix's own elements above its diagonal; a row without
+  // inputs has the damping alone for its diagonal. Undefined if it cannot be had. Valid until the
+  // next call.
   at::Tensor Factor(double damping) {
     if (!IsUsable()) return {};
+    if (overwritten_) matrix_ = matrix_.tril(-1) + matrix_.tril(-1).t();
+    overwritten_ = true;
     matrix_.diagonal().copy_(diagonal_ + damping * mean_ / unit_);
-    const auto [lower, failed] = at::linalg_cholesky_ex(matrix_);
-    return failed.item<int>() == 0 ? lower : at::Tensor();
+    return ops::CholeskyInPlace(matrix_) ? matrix_.t() : at::Tensor();
   }
 
  private:
@@ -58,10 +61,12 @@ class DampedMatrix {
 
   double mean_, unit_;  // of the diagonal; 0 if an element is not finite
   at::Tensor matrix_, diagonal_;
+  bool overwritten_ = false;  // above the diagonal, by a factor
 };
 
 // The Cholesky factor L of the damped Hessian with rows and columns reversed, up to a positive
-// multiple, float32; undefined if it cannot be had. `reversed`: that Hessian.
+// multiple, float32, its upper triangle anything; undefined if it cannot be had. `reversed`: that
+// Hessian.
 at::Tensor ReversedFactor(at::Tensor reversed, double damping) {
   const at::ScalarType type = FactorType(reversed.size(0));
   DampedMatrix damped(std::move(reversed), type);
@@ -70,7 +75,8 @@ at::Tensor ReversedFactor(at::Tensor reversed, double damping) {
     damping = std::max(damping * 10, kSmallestRetry);
     if (!factor.defined()) continue;
     at::Tensor lower = factor.to(at::kFloat);
-    if (AllFinite(lower) && (lower.diagonal() > 0).all().item<bool>()) return lower;
+    // Whatever is above the diagonal is finite.
+    if (AllFinite(lower.t()) && (lower.diagonal() > 0).all().item<bool>()) return lower;
   }
   return {};
 }
@@ -218,18 +224,21 @@ void RunColumns(const at::Tensor& weight, const at::Tensor& factor, const GptqOp
   const at::Tensor left = at::empty(weight.sizes(), options.products);  // E, last column first
   for (int64_t begin = 0; begin < in; begin += kBlockColumns) {
     const int64_t columns = std::min(kBlockColumns, in - begin), after = in - begin - columns;
-    const at::Tensor own =
-        factor.narrow(0, after, columns).narrow(1, after, columns).flip({0, 1}).to(at::kDouble);
+    const at::Tensor own = factor.narrow(0, after, columns)
+                               .narrow(1, after, columns)
+                               .tril()
+                               .flip({0, 1})
+                               .to(at::kDouble);
     const at::Tensor inverse =
         at::linalg_solve_triangular(own, at::eye(columns, at::kDouble), /*upper=*/true)
             .to(at::kFloat)
             .contiguous();
     const at::Tensor target = weight.narrow(1, begin, columns);
-    at::Tensor block = target.contiguous().clone();
+    at::Tensor block = target.clone(at::MemoryFormat::Contiguous);
     if (begin > 0) {
       const at::Tensor above = rows.narrow(0, in - begin, begin).narrow(1, after, columns);
-      const at::Tensor moved = at::matmul(left.narrow(1, in - begin, begin), above).flip(1);
-      block.add_(at::matmul(moved.to(at::kFloat), inverse));
+      const at::Tensor moved = at::matmul(left.narrow(1, in - begin, begin), above);
+      block.addmm_(moved.to(at::kFloat), inverse.flip(0));
     }
     at::Tensor codes = at::empty(block.sizes(), at::kByte);
     at::Tensor error = at::empty_like(block);
@@ -241,7 +250,7 @@ void RunColumns(const at::Tensor& weight, const at::Tensor& factor, const GptqOp
     state.codes.narrow(1, begin, columns).copy_(codes);
     if (state.group > 0)
       state.scale.narrow(1, begin / state.group, columns / state.group).copy_(scale);
-    left.narrow(1, after, columns).copy_((target - block).flip(1));
+    left.narrow(1, after, columns).copy_((target - block).to(options.products).flip(1));
   }
 }
 
