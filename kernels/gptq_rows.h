@@ -11,7 +11,7 @@ namespace prismaquant::rows {
 // What is the same for all rows of a block.
 struct GptqBlockView {
   int64_t columns = 0;
-  const float* u = nullptr;  // [columns, columns], row-major, zero below the diagonal
+  const float* u = nullptr;  // [columns, columns], row-major
   float global_scale = 1;
   float (*stored_scale)(float) = nullptr;  // INT4, INT8: a scale as its dtype holds it
   bool choose_scales = true;

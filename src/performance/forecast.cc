@@ -39,6 +39,11 @@ constexpr double kSustained = 0.88;
 // A factor of so few columns is computed in float64, at half the rate.
 constexpr double kLargestFloat64 = 4096;
 
+// The half of X^T X that AddUpperProduct computes, of `rows` rows of n.
+double SymmetricProduct(double n, double rows) {
+  return rows * n * (n + std::min<double>(n, kUpperProductRows));
+}
+
 double Bytes(at::ScalarType type) { return static_cast<double>(at::elementSize(type)); }
 
 class Forecaster {
@@ -191,7 +196,7 @@ class Forecaster {
         double held = 2 * product_ * formats * layer.AllocatableWeights();
         for (const LinearShape& linear : layer.linears) {
           if (!linear.allocatable) continue;
-          needs.products += 2 * part.load.tokens * linear.share * linear.in * linear.in;
+          needs.products += SymmetricProduct(linear.in, part.load.tokens * linear.share);
           AddRounding(linear, 2 * formats, needs);
           held += 2 * kFloat * linear.in * linear.in;
         }
@@ -217,7 +222,8 @@ class Forecaster {
     needs.factors += size * size * size;
     needs.products += 2 * linear.out * linear.in * tokens;
     if (tokens < linear.in) {
-      needs.products += 2 * tokens * tokens * (linear.in + std::min(linear.out, linear.in));
+      needs.products += SymmetricProduct(tokens, linear.in) +
+                        2 * tokens * tokens * std::min(linear.out, linear.in);
     } else {
       needs.products += 2 * linear.out * linear.in * linear.in;
     }
@@ -253,7 +259,7 @@ class Forecaster {
             needs.nearest += linear.weights();
             continue;
           }
-          needs.products += 2 * tokens * linear.in * linear.in;
+          needs.products += SymmetricProduct(linear.in, tokens);
           needs.products += 2 * kJudgements * kJudgedShare * tokens * linear.weights();
           AddRounding(linear, 1, needs);
           needs.memory += kFloat * kRowPasses * tokens * (linear.in + linear.out);

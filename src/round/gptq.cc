@@ -187,6 +187,14 @@ StoredTensors ToStored(const Format& format, const GridState& state, StoredTenso
   return stored;
 }
 
+// x x^T, float32.
+at::Tensor GramMatrix(const at::Tensor& x) {
+  at::Tensor gram = at::zeros({x.size(0), x.size(0)}, at::kFloat);
+  AddUpperProduct(x.t(), gram);
+  ops::MirrorUpper(gram);
+  return gram;
+}
+
 // S of CorrectedWeight, float32 [out, in]; undefined if it cannot be had. Of fewer tokens than
 // inputs it is E^T (X X^T + d I)^-1 X, which is the same and less work, multiplied from the side
 // that leaves the smaller matrix.
@@ -202,7 +210,7 @@ at::Tensor CorrectionStep(const at::Tensor& hessian, const InputRows& train) {
       products == at::kBFloat16 ? at::kFloat : FactorType(std::min(tokens, in));
   const bool by_tokens = tokens < in;
   const double share = static_cast<double>(tokens) / static_cast<double>(in);
-  DampedMatrix damped(by_tokens ? multiply(x, x.t()) : hessian.clone(), type);
+  DampedMatrix damped(by_tokens ? GramMatrix(x) : hessian.clone(), type);
   const at::Tensor factor = damped.Factor(kCorrectionDamping * (by_tokens ? share : 1));
   if (!factor.defined()) return {};
   const at::Tensor inverse = at::cholesky_inverse(factor);

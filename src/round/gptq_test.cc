@@ -206,6 +206,15 @@ TEST(InputMoments, SumsOverBlocksOfTokensAndCalls) {
   EXPECT_LT(Amax(hessian.hessian() - hessian.hessian().t()), 1e-6 * Amax(expected));
 }
 
+TEST(InputMoments, OfMoreInputsThanABlockHasRowsAreSymmetric) {
+  const at::Tensor x = at::randn({40, kUpperProductRows + 70});
+  InputMoments moments(x.size(1));
+  moments.Add(x, {});
+  const at::Tensor exact = at::matmul(x.t().to(at::kDouble), x.to(at::kDouble));
+  EXPECT_TRUE(at::allclose(moments.hessian().to(at::kDouble), exact, 1e-5, 1e-4));
+  EXPECT_TRUE(at::equal(moments.hessian(), moments.hessian().t()));
+}
+
 TEST(InputMoments, WeightsTokens) {
   torch::manual_seed(4);
   const at::Tensor x = torch::randn({5000, 12});

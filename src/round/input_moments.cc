@@ -11,29 +11,12 @@ namespace prismaquant {
 namespace {
 
 constexpr int64_t kBlockTokens = 4096;
-// Of a product that is symmetric, blocks of so many rows are computed from the diagonal on.
-constexpr int64_t kBlockRows = 1024;
 
 // `rows` [tokens, ..] times the root of each token's weight.
 at::Tensor Weighted(const at::Tensor& rows, const at::Tensor& token_weights,
                     at::ScalarType products) {
   if (!token_weights.defined()) return rows.to(products);
   return (rows.to(at::kFloat) * token_weights.sqrt().unsqueeze(1)).to(products);
-}
-
-// Adds x^T x, but for some of what is below the diagonal.
-void AddUpper(const at::Tensor& x, at::Tensor& sum) {
-  const int64_t in = x.size(1);
-  for (int64_t begin = 0; begin < in; begin += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, in - begin);
-    const at::Tensor left = x.narrow(1, begin, rows).t(), right = x.narrow(1, begin, in - begin);
-    at::Tensor block = sum.narrow(0, begin, rows).narrow(1, begin, in - begin);
-    if (x.scalar_type() == at::kFloat) {
-      block.addmm_(left, right);
-    } else {
-      block.add_(at::matmul(left, right));
-    }
-  }
 }
 
 at::Tensor Joined(const std::vector<at::Tensor>& pieces) {
@@ -44,6 +27,20 @@ at::Tensor Joined(const std::vector<at::Tensor>& pieces) {
 
 at::ScalarType ProductType(at::ScalarType compute) {
   return compute == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+}
+
+void AddUpperProduct(const at::Tensor& x, at::Tensor& sum) {
+  const int64_t in = x.size(1);
+  for (int64_t begin = 0; begin < in; begin += kUpperProductRows) {
+    const int64_t rows = std::min(kUpperProductRows, in - begin);
+    const at::Tensor left = x.narrow(1, begin, rows).t(), right = x.narrow(1, begin, in - begin);
+    at::Tensor block = sum.narrow(0, begin, rows).narrow(1, begin, in - begin);
+    if (x.scalar_type() == at::kFloat) {
+      block.addmm_(left, right);
+    } else {
+      block.add_(at::matmul(left, right));
+    }
+  }
 }
 
 void InputRows::Add(const at::Tensor& x, const at::Tensor& token_weights, const at::Tensor& lack) {
@@ -92,7 +89,7 @@ void InputMoments::Add(const at::Tensor& x, const at::Tensor& token_weights) {
         token_weights.defined() ? token_weights.narrow(0, begin, count) : token_weights;
     const at::Tensor block =
         Weighted(x.narrow(0, begin, count), weights, ProductType(x.scalar_type()));
-    AddUpper(block, hessian_);
+    AddUpperProduct(block, hessian_);
   }
   ops::MirrorUpper(hessian_);
   tokens_ += x.size(0);
