@@ -200,7 +200,8 @@ class Forecaster {
           AddRounding(linear, 2 * formats, needs);
           held += 2 * kFloat * linear.in * linear.in;
         }
-        needs.resident = std::max(needs.resident, Loaded(layer) + held + RoundingMemory(layer));
+        needs.resident = std::max(needs.resident,
+                                  Loaded(layer) + held + RoundingMemory(layer, part.load.tokens));
       }
     }
   }
@@ -229,14 +230,15 @@ class Forecaster {
     }
   }
 
-  // Of the layer's Linear that takes most: Hessian, its factor, and that for products, and the
-  // weight in its several states.
-  double RoundingMemory(const LayerShape& layer) const {
+  // Of the layer's Linear that takes most: Hessian, its factor, and that for products, the weight
+  // in its several states, and its rows, by sequence and joined.
+  double RoundingMemory(const LayerShape& layer, double tokens) const {
     double most = 0;
     for (const LinearShape& linear : layer.linears) {
       if (!linear.allocatable) continue;
-      most = std::max(
-          most, (2 * kFloat + product_) * linear.in * linear.in + 6 * kFloat * linear.weights());
+      const double hessians = (2 * kFloat + product_) * linear.in * linear.in;
+      const double rows = 2 * product_ * linear.share * tokens * (linear.in + linear.out);
+      most = std::max(most, hessians + 8 * kFloat * linear.weights() + rows);
     }
     return most;
   }
@@ -272,7 +274,8 @@ class Forecaster {
             streams * states * layer.hidden + settings_.bits / 8 * layer.AllocatableWeights();
         const double held = (streams + 1) * states * (2 * layer.hidden + layer.widest);
         needs.resident =
-            std::max(needs.resident, Loaded(layer) + held + (gptq ? RoundingMemory(layer) : 0));
+            std::max(needs.resident,
+                     Loaded(layer) + held + (gptq ? RoundingMemory(layer, part.load.tokens) : 0));
       }
     }
     return needs;
