@@ -12,8 +12,6 @@
 namespace prismaquant::ops {
 namespace {
 
-constexpr int64_t kRowsPerTask = 16;
-
 bool HasIntegerCodes(GptqGrid grid) {
   return grid == GptqGrid::kInt4Group128 || grid == GptqGrid::kInt8Group128;
 }
@@ -84,26 +82,24 @@ void GptqBlockCpu(int64_t grid_number, const at::Tensor& weight, const at::Tenso
   auto* s = static_cast<uint8_t*>(scale.mutable_data_ptr());
   const at::Tensor wide = scale.is_floating_point() ? scale.to(at::kFloat) : at::Tensor();
   auto* f = wide.defined() ? wide.mutable_data_ptr<float>() : nullptr;
-  at::parallel_for(0, out, kRowsPerTask, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * columns, rows = end - begin;
+  at::parallel_for(0, out, rows::kRowsInStep, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * columns;
+    const auto round = [&](auto kernel, auto* scales) {
+      kernel(block, end - begin, w + first, scales + begin * groups, c + first, e + first);
+    };
     switch (grid) {
       case GptqGrid::kE2M1Group16:
-        return rows::GptqE2M1Group16(block, rows, w + first, s + begin * groups, c + first,
-                                     e + first);
+        return round(rows::GptqE2M1Group16, s);
       case GptqGrid::kE4M3Group32:
-        return rows::GptqE4M3Group32(block, rows, w + first, s + begin * groups, c + first,
-                                     e + first);
+        return round(rows::GptqE4M3Group32, s);
       case GptqGrid::kE2M1Group32:
-        return rows::GptqE2M1Group32(block, rows, w + first, s + begin * groups, c + first,
-                                     e + first);
+        return round(rows::GptqE2M1Group32, s);
       case GptqGrid::kInt4Group128:
-        return rows::GptqInt4Group128(block, rows, w + first, f + begin * groups, c + first,
-                                      e + first);
+        return round(rows::GptqInt4Group128, f);
       case GptqGrid::kInt8Group128:
-        return rows::GptqInt8Group128(block, rows, w + first, f + begin * groups, c + first,
-                                      e + first);
+        return round(rows::GptqInt8Group128, f);
       case GptqGrid::kE4M3Row:
-        return rows::GptqE4M3Row(block, rows, w + first, f + begin, c + first, e + first);
+        return round(rows::GptqE4M3Row, f);
     }
   });
   if (HasIntegerCodes(grid)) scale.copy_(wide);

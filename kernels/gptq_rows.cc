@@ -19,9 +19,8 @@ constexpr int kFirstIntStep = 10;
 constexpr int kLastIntStep = 22;
 constexpr float kIntStepsOfOne = 20;
 constexpr int kIntStepsOfOneCandidate = 10;  // the codec's own among them
-// Rows that are rounded at once, side by side.
-constexpr int kRowsInStep = 16;
-// Of them, those whose scales are searched in step, so that none waits for its own divisions.
+// Of the rows in step, those whose scales are searched in step, so that none waits for its own
+// divisions.
 constexpr int kRowsSearched = 4;
 // Columns among which an error is spread at once; over those behind, tile by tile. Divides every
 // group size.

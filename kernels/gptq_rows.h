@@ -8,6 +8,9 @@
 
 namespace prismaquant::rows {
 
+// Rows that are rounded at once, side by side; what is left over, one by one.
+inline constexpr int kRowsInStep = 16;
+
 // What is the same for all rows of a block.
 struct GptqBlockView {
   int64_t columns = 0;

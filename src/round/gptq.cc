@@ -50,7 +50,10 @@ class DampedMatrix {
   // next call.
   at::Tensor Factor(double damping) {
     if (!IsUsable()) return {};
-    if (overwritten_) matrix_ = matrix_.tril(-1) + matrix_.tril(-1).t();
+    if (overwritten_) {
+      const at::Tensor below = matrix_.tril(-1);
+      matrix_ = below + below.t();
+    }
     overwritten_ = true;
     matrix_.diagonal().copy_(diagonal_ + damping * mean_ / unit_);
     return ops::CholeskyInPlace(matrix_) ? matrix_.t() : at::Tensor();
