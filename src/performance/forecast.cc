@@ -4,6 +4,8 @@
 #include <cmath>
 
 #include "performance/layer_shapes.h"
+#include "probe/forward_pass.h"
+#include "round/factored_hessian.h"
 #include "round/input_moments.h"
 
 namespace prismaquant {
@@ -36,8 +38,6 @@ constexpr double kLogitElements = 160e6;  // of a product of the head
 constexpr double kLossBlock = 4e6, kLossBlockBytes = 40, kScoreBlock = 8e6, kScoreBlockBytes = 50;
 // Of the rates that a moment reaches, what hours do.
 constexpr double kSustained = 0.88;
-// A factor of so few columns is computed in float64, at half the rate.
-constexpr double kLargestFloat64 = 4096;
 
 // The half of X^T X that AddUpperProduct computes, of `rows` rows of n.
 double SymmetricProduct(double n, double rows) {
@@ -51,7 +51,8 @@ class Forecaster {
   Forecaster(const Model& model, const Calibration& calibration, const RunSettings& settings)
       : model_(model), settings_(settings) {
     element_ = Bytes(settings.compute.dtype);
-    product_ = Bytes(ProductType(settings.compute.dtype));
+    products_ = ProductType(settings.compute.dtype);
+    product_ = Bytes(products_);
     for (const PartLayers& part : model.parts()) {
       if (part.part == Part::kHead) continue;
       if (part.part == Part::kVision && calibration.captions.empty()) continue;
@@ -119,9 +120,10 @@ class Forecaster {
     return needs;
   }
 
-  // Of one sequence without gradients.
+  // Of the sequences that go together, without gradients.
   double Activations(const PartShape& part, const LayerShape& layer) const {
-    return part.load.longest *
+    const auto together = static_cast<double>(kTokensTogether);
+    return std::max(part.load.longest, std::min(part.load.tokens, together)) *
            (element_ * 2 * layer.widest + kFloat * (6 * layer.hidden + 8 * layer.recurrent));
   }
   // And with what autograd keeps.
@@ -173,7 +175,8 @@ class Forecaster {
                                   kFloat * kErrorPasses * formats);
         needs.read += layer.stored + 2 * states * layer.hidden;
         needs.written += states * layer.hidden;
-        const double errors = product_ * formats * priced;
+        const double errors = product_ * formats * layer.AllocatableWeights(/*experts=*/false) +
+                              KeptForExperts(layer, part.load.tokens);
         const double running = product_ * layer.LargestWeight() + SavedActivations(part, layer);
         needs.resident =
             std::max(needs.resident, Loaded(layer) + errors + running + 3 * states * layer.hidden);
@@ -181,6 +184,17 @@ class Forecaster {
     }
     AddGptqPass(needs);
     return needs;
+  }
+
+  // What experts read and the gradients at their outputs, which are kept until the layer's end.
+  double KeptForExperts(const LayerShape& layer, double tokens) const {
+    double elements = 0;
+    for (const LinearShape& linear : layer.linears) {
+      if (linear.is_expert && linear.allocatable) {
+        elements += linear.share * tokens * (linear.out + (linear.is_sibling ? 0 : linear.in));
+      }
+    }
+    return element_ * elements;
   }
 
   // A further pass that prices weights as GPTQ leaves them, each half of the sequences by the
@@ -196,7 +210,8 @@ class Forecaster {
         double held = 2 * product_ * formats * layer.AllocatableWeights();
         for (const LinearShape& linear : layer.linears) {
           if (!linear.allocatable) continue;
-          needs.products += SymmetricProduct(linear.in, part.load.tokens * linear.share);
+          AddHessian(linear, part.load.tokens * linear.share, needs);
+          AddFactor(linear, 2 * formats, needs);
           AddRounding(linear, 2 * formats, needs);
           held += 2 * kFloat * linear.in * linear.in;
         }
@@ -206,15 +221,24 @@ class Forecaster {
     }
   }
 
-  // GPTQ's factor and loop, `times` over.
-  void AddRounding(const LinearShape& linear, double times, StageNeeds& needs) const {
+  static void AddHessian(const LinearShape& linear, double tokens, StageNeeds& needs) {
+    needs.products += SymmetricProduct(linear.in, tokens);
+  }
+
+  // `times` over; in float64 at half the rate.
+  void AddFactor(const LinearShape& linear, double times, StageNeeds& needs) const {
     const double square = linear.in * linear.in;
-    const double slower = linear.in <= kLargestFloat64 ? 2 : 1;
-    needs.factors += times * slower * square * linear.in / 3;
-    needs.products += times * linear.out * square;
+    const at::ScalarType type = FactorType(static_cast<int64_t>(linear.in), products_);
+    needs.factors += times * (type == at::kDouble ? 2 : 1) * square * linear.in / 3;
+    needs.memory += times * kFloat * kHessianPasses * square;
+  }
+
+  // GPTQ's loop, `times` over.
+  static void AddRounding(const LinearShape& linear, double times, StageNeeds& needs) {
+    needs.products += times * linear.out * linear.in * linear.in;
     needs.columns += times * linear.weights();
     needs.nearest += 2 * times * linear.weights();
-    needs.memory += times * kFloat * (kHessianPasses * square + kRoundPasses * linear.weights());
+    needs.memory += times * kFloat * kRoundPasses * linear.weights();
   }
 
   // By the inverse of what is smaller, the tokens' Gram matrix or the Hessian.
@@ -261,7 +285,10 @@ class Forecaster {
             needs.nearest += linear.weights();
             continue;
           }
-          needs.products += SymmetricProduct(linear.in, tokens);
+          if (!linear.is_sibling) {
+            AddHessian(linear, tokens, needs);
+            AddFactor(linear, 1, needs);
+          }
           needs.products += 2 * kJudgements * kJudgedShare * tokens * linear.weights();
           AddRounding(linear, 1, needs);
           needs.memory += kFloat * kRowPasses * tokens * (linear.in + linear.out);
@@ -361,6 +388,7 @@ class Forecaster {
   const Model& model_;
   const RunSettings& settings_;
   std::vector<PartShape> parts_;
+  at::ScalarType products_ = at::kFloat;
   double element_ = 0, product_ = 0;  // bytes of a value in the compute dtype, and in products
   double vocabulary_ = 0, hidden_ = 0;
 };

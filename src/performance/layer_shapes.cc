@@ -48,17 +48,22 @@ void AddMixer(const ModelConfig& config, bool recurrent, LayerShape& shape) {
 
 void AddLinears(const Model& model, int layer, bool merger, LayerShape& shape) {
   std::map<int, double> inputs, outputs;  // by stage
+  std::string scale_group;                // of the Linear before
   for (const LinearInfo& linear : model.LayerLinears(layer)) {
     const double share = ShareOf(model, linear, merger);
     const auto out = static_cast<double>(linear.out), in = static_cast<double>(linear.in);
+    const bool sibling = linear.is_expert && linear.scale_group == scale_group;
+    scale_group = linear.scale_group;
     shape.linears.push_back({.out = out,
                              .in = in,
                              .share = share,
                              .allocatable = linear.allocatable,
-                             .is_expert = linear.is_expert});
+                             .is_expert = linear.is_expert,
+                             .is_sibling = sibling});
     outputs[linear.stage] += share * out;
     double& input = inputs[linear.stage];
-    input = linear.is_expert ? input + share * in : std::max(input, share * in);
+    if (!linear.is_expert) input = std::max(input, share * in);
+    if (linear.is_expert && !sibling) input += share * in;
   }
   for (const auto& [stage, width] : outputs) {
     shape.width += width + inputs[stage];
@@ -88,9 +93,11 @@ double LayerShape::Weights() const {
   return sum;
 }
 
-double LayerShape::AllocatableWeights() const {
+double LayerShape::AllocatableWeights(bool experts) const {
   double sum = 0;
-  for (const LinearShape& linear : linears) sum += linear.allocatable ? linear.weights() : 0;
+  for (const LinearShape& linear : linears) {
+    if (linear.allocatable && (experts || !linear.is_expert)) sum += linear.weights();
+  }
   return sum;
 }
 

@@ -22,6 +22,7 @@ struct LinearShape {
   double out = 0, in = 0;
   double share = 1;  // of the layer's tokens that reach it
   bool allocatable = true, is_expert = false;
+  bool is_sibling = false;  // reads what the expert's Linear before it reads
   double weights() const { return out * in; }
 };
 
@@ -36,7 +37,7 @@ struct LayerShape {
   double recurrent_flop = 0;  // and the arithmetic of its chunked rule
 
   double Weights() const;
-  double AllocatableWeights() const;
+  double AllocatableWeights(bool experts = true) const;
   double LargestWeight() const;
   // What a token is multiplied with.
   double WeightsPerToken() const;

@@ -67,9 +67,11 @@ Result<WeightErrors> MomentsRunner::Round(const LinearInfo& linear, const Format
   const GptqOptions options{.products = ProductType(compute)};
   std::array<at::Tensor, 2> errors;
   for (size_t h = 0; h < 2; ++h) {
-    PQ_ASSIGN_OR_RETURN(const GptqResult result,
-                        RenderGuarded(format, weight, weight, moments[1 - h], Judge(moments, h),
-                                      scales_.at(linear.name), linear.dtype, options));
+    PQ_ASSIGN_OR_RETURN(
+        const GptqResult result,
+        RenderGuarded(format, weight, weight,
+                      FactorHessian(format, moments[1 - h].hessian(), options), Judge(moments, h),
+                      scales_.at(linear.name), linear.dtype, options));
     errors[h] = result.decoded - weight;
   }
   return WeightErrors(format, errors[0], errors[1], ProductType(compute));

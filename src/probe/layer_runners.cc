@@ -8,6 +8,15 @@
 #include "formats/extremes.h"
 
 namespace prismaquant {
+namespace {
+
+bool AreToCome(const std::vector<WeightErrors>& errors) {
+  return std::any_of(errors.begin(), errors.end(), [](const WeightErrors& error) {
+    return error.format != &SourceFormat() && !error.of_half[0].defined();
+  });
+}
+
+}  // namespace
 
 at::Tensor Multiply(const LayerWeights& weights, const std::string& linear, const at::Tensor& x) {
   return MultiplyLinear(x, weights.weight.at(linear), weights.bias.at(linear));
@@ -45,9 +54,12 @@ ProbedRunner::ProbedRunner(const LayerWeights& weights, std::vector<LinearInfo> 
     : weights_(weights), linears_(std::move(linears)) {
   statistics_.reserve(linears_.size());
   for (const LinearInfo& linear : linears_) {
-    index_[linear.name] = static_cast<int>(statistics_.size());
+    const auto id = static_cast<int>(statistics_.size());
+    index_[linear.name] = id;
+    std::vector<WeightErrors>& of_linear = errors[linear.name];
+    if (AreToCome(of_linear)) kept_.try_emplace(id);
     statistics_.emplace_back(linear, weights.stored.at(linear.name), scales.at(linear.name),
-                             std::move(errors[linear.name]), sequences);
+                             std::move(of_linear), sequences);
   }
 }
 
@@ -59,7 +71,31 @@ at::Tensor ProbedRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
 
 void ProbedRunner::Observe(int id, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx) {
   const at::NoGradGuard no_grad;
-  statistics_[static_cast<size_t>(id)].AddSequence(sequence_, x, g, dx, buffers_);
+  const auto kept = kept_.find(id);
+  if (kept != kept_.end()) {
+    kept->second.push_back({sequence_, x, g});
+  } else {
+    statistics_[static_cast<size_t>(id)].AddSequence(sequence_, x, g, dx, buffers_);
+  }
+}
+
+void ProbedRunner::PriceKept(
+    const std::function<std::vector<WeightErrors>(const LinearInfo&)>& errors_of) {
+  const at::NoGradGuard no_grad;
+  const void* first = nullptr;  // of the inputs that were joined last
+  at::Tensor joined;
+  for (; !kept_.empty(); kept_.erase(kept_.begin())) {
+    const auto& [id, rows] = *kept_.begin();
+    const LinearInfo& linear = linears_[static_cast<size_t>(id)];
+    if (!rows.empty() && rows.front().x.const_data_ptr() != first) {
+      std::vector<at::Tensor> inputs;
+      for (const SequenceRows& of_sequence : rows) inputs.push_back(of_sequence.x);
+      joined = at::cat(inputs);
+      first = rows.front().x.const_data_ptr();
+    }
+    statistics_[static_cast<size_t>(id)].AddSequences(rows, joined, weights_.weight.at(linear.name),
+                                                      errors_of(linear), buffers_);
+  }
 }
 
 }  // namespace prismaquant

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -47,7 +48,7 @@ class MaximaRunner : public LinearRunner {
 
 class ProbedRunner : public LinearRunner, public LinearObserver {
  public:
-  // `scales` and `errors` by Linear name.
+  // `scales` and `errors` by Linear name. Of errors to come the rows are kept for PriceKept.
   ProbedRunner(const LayerWeights& weights, std::vector<LinearInfo> linears,
                const std::map<std::string, SharedScales>& scales, LayerErrors errors,
                int64_t sequences);
@@ -56,6 +57,9 @@ class ProbedRunner : public LinearRunner, public LinearObserver {
   void BeginSequence(int64_t sequence) { sequence_ = sequence; }
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override;
   void Observe(int id, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx) override;
+
+  // After the last sequence: Linear after Linear, what its errors, made by `errors_of`, cost.
+  void PriceKept(const std::function<std::vector<WeightErrors>(const LinearInfo&)>& errors_of);
 
   const std::vector<LinearInfo>& linears() const { return linears_; }
   // In the order of `linears`.
@@ -66,6 +70,7 @@ class ProbedRunner : public LinearRunner, public LinearObserver {
   std::vector<LinearInfo> linears_;
   std::map<std::string, int> index_;
   std::vector<LinearStatistics> statistics_;
+  std::map<int, std::vector<SequenceRows>> kept_;  // by id
   StatisticsBuffers buffers_;
   int64_t sequence_ = 0;
 };

@@ -197,7 +197,15 @@ class ProbePass {
     return scales;
   }
 
-  // The errors that this pass prices.
+  std::vector<WeightErrors> NearestErrorsOf(
+      const LinearInfo& linear, const LayerWeights& weights,
+      const std::map<std::string, SharedScales>& scales) const {
+    return NearestErrors(linear, weights.stored.at(linear.name), scales.at(linear.name),
+                         pass_.formats, ProductType(options_.compute.dtype));
+  }
+
+  // The errors that this pass prices. Those of experts to nearest are made one after the other when
+  // the sequences are through: all at once would be larger than the layer.
   Result<LayerErrors> Errors(const PartLayers& part, int layer, const DecoderLayer& block,
                              const LayerWeights& weights,
                              const std::map<std::string, SharedScales>& scales,
@@ -206,9 +214,8 @@ class ProbePass {
     if (pass_.rounding == Rounding::kNearest) {
       LayerErrors errors;
       for (const LinearInfo& linear : linears) {
-        errors[linear.name] =
-            NearestErrors(linear, weights.stored.at(linear.name), scales.at(linear.name),
-                          pass_.formats, ProductType(options_.compute.dtype));
+        errors[linear.name] = linear.is_expert ? ErrorsToCome(linear, pass_.formats)
+                                               : NearestErrorsOf(linear, weights, scales);
       }
       return errors;
     }
@@ -242,6 +249,8 @@ class ProbePass {
       const at::Tensor y = RunLayer(*block, sequences_.Context(part.part, n), x, runner);
       gradients.push_back(torch::autograd::grad({y}, {x}, {upstream.of(n)})[0]);
     }
+    runner.PriceKept(
+        [&](const LinearInfo& linear) { return NearestErrorsOf(linear, weights, scales); });
     return CommitBackward(part, layer, runner, inputs.first(), gradients);
   }
 

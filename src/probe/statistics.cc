@@ -95,18 +95,25 @@ NearestError RoundToNearest(const Format& format, const at::Tensor& weight,
   return result;
 }
 
+std::vector<WeightErrors> ErrorsToCome(const LinearInfo& linear,
+                                       std::span<const Format* const> formats) {
+  std::vector<WeightErrors> errors;
+  if (!linear.allocatable) return errors;
+  for (const Format* format : formats) {
+    if (format->Supports(linear.out, linear.in)) errors.emplace_back().format = format;
+  }
+  return errors;
+}
+
 std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tensor& weight,
                                         const SharedScales& scales,
                                         std::span<const Format* const> formats,
                                         at::ScalarType products) {
-  std::vector<WeightErrors> errors;
-  if (!linear.allocatable) return errors;
-  for (const Format* format : formats) {
-    if (!format->Supports(linear.out, linear.in)) continue;
-    WeightErrors& of_format = errors.emplace_back();
-    of_format.format = format;
-    if (format == &SourceFormat()) continue;
-    const NearestError found = RoundToNearest(*format, weight, scales, linear.dtype, products);
+  std::vector<WeightErrors> errors = ErrorsToCome(linear, formats);
+  for (WeightErrors& of_format : errors) {
+    if (of_format.format == &SourceFormat()) continue;
+    const NearestError found =
+        RoundToNearest(*of_format.format, weight, scales, linear.dtype, products);
     of_format.of_half = {found.error, found.error};
     of_format.mean_square = found.squares / static_cast<double>(weight.numel());
   }
@@ -125,14 +132,17 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
   in_sample_ = sums_;
 }
 
-void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g,
-                                   const at::Tensor& dx, StatisticsBuffers& buffers) {
-  const at::Tensor& x_f32 = buffers.activations.SetInput(x);
+void LinearStatistics::AddTokens(const at::Tensor& x_f32, const at::Tensor& g) {
   const at::Tensor grad_squares = g.to(at::kFloat).square().sum(-1);
   token_weights_.push_back(grad_squares);
   stats_.tokens += g.size(0);
   stats_.grad_square += grad_squares.sum(at::kDouble).item<double>();
   stats_.fisher_trace += (grad_squares * x_f32.square().sum(-1)).sum(at::kDouble).item<double>();
+}
+
+void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g,
+                                   const at::Tensor& dx, StatisticsBuffers& buffers) {
+  AddTokens(buffers.activations.SetInput(x), g);
   if (errors_.empty()) return;
 
   const size_t half = static_cast<size_t>(sequence) % 2;
@@ -156,6 +166,45 @@ void LinearStatistics::AddSequence(int64_t sequence, const at::Tensor& x, const 
     };
     put(rows[next++], sums_[i]);
     if (errors_[i].cross_fitted()) put(rows[next++], in_sample_[i]);
+  }
+}
+
+void LinearStatistics::AddSequences(std::span<const SequenceRows> rows, const at::Tensor& x,
+                                    const at::Tensor& weight,
+                                    const std::vector<WeightErrors>& errors,
+                                    StatisticsBuffers& buffers) {
+  for (size_t i = 0; i < errors.size(); ++i) errors_[i].mean_square = errors[i].mean_square;
+  if (rows.empty()) return;
+  std::vector<at::Tensor> gradients, owners;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    gradients.push_back(rows[i].g);
+    owners.push_back(at::full({rows[i].g.size(0)}, static_cast<int64_t>(i), at::kLong));
+  }
+  const at::Tensor g = at::cat(gradients), owner = at::cat(owners);
+  const at::Tensor& x_f32 = buffers.activations.SetInput(x);
+  AddTokens(x_f32, g);
+  if (errors.empty()) return;
+
+  const auto count = static_cast<int64_t>(rows.size());
+  const auto add = [&](const at::Tensor& products, Sums& sums) {
+    const at::Tensor parts =
+        at::zeros({count, products.size(1)}).index_add_(0, owner, products).to(at::kDouble);
+    const at::Tensor sum = parts.sum(1), squares = parts.square().sum(1);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto n = static_cast<size_t>(rows[i].sequence);
+      sums.directional[n] += sum.const_data_ptr<double>()[i];
+      sums.squares[n] += squares.const_data_ptr<double>()[i];
+    }
+  };
+  const at::ScalarType type = ProductType(g.scalar_type());
+  const at::Tensor g_f32 = g.to(at::kFloat), dx = at::matmul(g, weight).to(at::kFloat);
+  for (size_t i = 0; i < errors.size(); ++i) {
+    const Format& format = *errors[i].format;
+    const at::Tensor& error = errors[i].of_half[0];
+    if (error.defined()) add(at::matmul(x.to(type), error.t()).to(at::kFloat) * g_f32, sums_[i]);
+    if (format.quantizes_activations()) {
+      add(dx * buffers.activations.Error(format, scales_), sums_[i]);
+    }
   }
 }
 

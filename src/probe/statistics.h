@@ -88,6 +88,15 @@ std::vector<WeightErrors> NearestErrors(const LinearInfo& linear, const at::Tens
                                         const SharedScales& scales,
                                         std::span<const Format* const> formats,
                                         at::ScalarType products);
+// The formats of NearestErrors, with errors that are yet to be made.
+std::vector<WeightErrors> ErrorsToCome(const LinearInfo& linear,
+                                       std::span<const Format* const> formats);
+
+// What one sequence shows of a Linear: x [tokens, in], g [tokens, out].
+struct SequenceRows {
+  int64_t sequence = 0;
+  at::Tensor x, g;
+};
 
 class LinearStatistics {
  public:
@@ -98,6 +107,12 @@ class LinearStatistics {
   // One sequence: x [tokens, in], g [tokens, out], dx [tokens, in], in the compute dtype.
   void AddSequence(int64_t sequence, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx,
                    StatisticsBuffers& buffers);
+  // All sequences of a Linear with ErrorsToCome at once, which is less work where each has few
+  // tokens. errors: NearestErrors of the same formats, not kept; weight [out, in] in the compute
+  // dtype; x as in `rows`, joined.
+  void AddSequences(std::span<const SequenceRows> rows, const at::Tensor& x,
+                    const at::Tensor& weight, const std::vector<WeightErrors>& errors,
+                    StatisticsBuffers& buffers);
 
   LinearStats Stats() const;
   // Of cross-fitted errors, those in sample too.
@@ -106,6 +121,9 @@ class LinearStatistics {
   at::Tensor TokenWeights() const;
 
  private:
+  // |g_t|^2 per token.
+  void AddTokens(const at::Tensor& x_f32, const at::Tensor& g);
+
   // Of one format and one way to round, per sequence.
   struct Sums {
     std::vector<double> directional, squares;

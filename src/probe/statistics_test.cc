@@ -169,6 +169,54 @@ TEST(LinearStatistics, PricesEachHalfWithTheErrorOfTheOther) {
   }
 }
 
+TEST(LinearStatistics, AllSequencesAtOnceAreTheSameAsOneByOne) {
+  torch::manual_seed(5);
+  const at::Tensor weight = torch::randn({kOut, kIn});
+  const SharedScales scales{.weight_amax = 3, .input_amax = 3};
+  const LinearInfo linear = MakeLinear(kIn);
+  const auto errors = NearestErrors(linear, weight, scales, AllFormats(), at::kFloat);
+  LinearStatistics one_by_one(linear, weight, scales, errors, 4);
+  LinearStatistics at_once(linear, weight, scales, ErrorsToCome(linear, AllFormats()), 4);
+  StatisticsBuffers buffers;
+  std::vector<SequenceRows> rows;
+  std::vector<at::Tensor> inputs;
+  for (const int64_t n : {0, 2, 3}) {  // one sequence does not reach the Linear
+    const Sequence s = MakeSequence(kIn);
+    rows.push_back({n, s.x, s.g});
+    inputs.push_back(s.x);
+    one_by_one.AddSequence(n, s.x, s.g, at::matmul(s.g, weight), buffers);
+  }
+  at_once.AddSequences(rows, at::cat(inputs), weight, errors, buffers);
+  const std::vector<LinearCost> expected = one_by_one.Costs(), costs = at_once.Costs();
+  ASSERT_EQ(costs.size(), expected.size());
+  for (size_t f = 0; f < costs.size(); ++f) {
+    EXPECT_EQ(costs[f].format, expected[f].format);
+    EXPECT_EQ(costs[f].rounding, expected[f].rounding);
+    EXPECT_EQ(costs[f].weight_mse, expected[f].weight_mse);
+    for (size_t n = 0; n < 4; ++n) {
+      const double scale = std::sqrt(expected[f].squares[n]);
+      EXPECT_NEAR(costs[f].directional[n], expected[f].directional[n], 1e-5 * scale);
+      EXPECT_NEAR(costs[f].squares[n], expected[f].squares[n], 1e-5 * expected[f].squares[n]);
+    }
+  }
+  EXPECT_EQ(at_once.Stats().tokens, 3 * kTokens);
+  EXPECT_NEAR(at_once.Stats().fisher_trace / one_by_one.Stats().fisher_trace, 1, 1e-5);
+}
+
+TEST(LinearStatistics, WithoutTokensTheWeightsErrorIsKnown) {
+  const at::Tensor weight = torch::randn({kOut, kIn});
+  const SharedScales scales{.weight_amax = 3, .input_amax = 3};
+  const LinearInfo linear = MakeLinear(kIn);
+  const std::vector<const Format*> formats = {FindFormat("nvfp4")};
+  const auto errors = NearestErrors(linear, weight, scales, formats, at::kFloat);
+  LinearStatistics statistics(linear, weight, scales, ErrorsToCome(linear, formats), 2);
+  StatisticsBuffers buffers;
+  statistics.AddSequences({}, {}, weight, errors, buffers);
+  ASSERT_EQ(statistics.Costs().size(), 1U);
+  EXPECT_EQ(statistics.Costs()[0].weight_mse, errors[0].mean_square);
+  EXPECT_EQ(statistics.Costs()[0].directional, (std::vector<double>{0, 0}));
+}
+
 TEST(ActivationErrors, AreThoseOfTheLastInput) {
   const at::Tensor first = torch::randn({3, 32}), second = torch::randn({3, 32});
   const Format& fp8 = *FindFormat("fp8");

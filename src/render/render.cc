@@ -93,12 +93,25 @@ class Renderer {
   struct Streams {
     std::vector<LayerState> quantized, source;
   };
+  // What a Linear is rounded and judged by.
+  struct RoundingInputs {
+    InputRows train, held_out;
+    FactoredHessian hessian;
+    const InputRows& Judge() const { return held_out.tokens() > 0 ? held_out : train; }
+  };
+  // That of one InputSet in one format.
+  struct LastRounding {
+    const InputSet* inputs = nullptr;
+    const Format* format = nullptr;
+    std::shared_ptr<const RoundingInputs> by;
+  };
   // One stage of all sequences: per sequence, per Linear. The source's empty if it is not followed.
   struct StageRun {
     const std::vector<LinearInfo>& linears;
     StageInputs inputs;
     std::vector<std::vector<at::Tensor>> source_inputs;
     std::vector<std::vector<at::Tensor>> outputs, source_outputs;
+    LastRounding of_expert = {}, of_few_inputs = {};
   };
   // One Linear that is being rounded.
   struct Job {
@@ -109,17 +122,6 @@ class Renderer {
     const SharedScales& scales;
     InputSet& inputs;
     std::vector<at::Tensor> source_inputs = {};  // per sequence; empty without a counterpart
-  };
-
-  // Of one Linear, to round by and to judge by.
-  struct LinearInputs {
-    InputRows train, held_out;
-    // The held-out rows if there are any, else those in sample; if there are no rows, the moments.
-    const RoundingJudge& Judge(const InputMoments& moments) const {
-      if (held_out.tokens() > 0) return held_out;
-      if (train.tokens() > 0) return train;
-      return moments;
-    }
   };
 
   bool IsQuantized(Part part) const {
@@ -260,7 +262,7 @@ class Renderer {
       at::Tensor rounded = job.product;
       for (const auto& of_sequence : run.source_inputs) job.source_inputs.push_back(of_sequence[i]);
       if (&format != &SourceFormat()) {
-        PQ_ASSIGN_OR_RETURN(rounded, RenderLinear(job, rendered));
+        PQ_ASSIGN_OR_RETURN(rounded, RenderLinear(job, run, rendered));
         rounded = rounded.to(dtype);
       }
       const std::vector<at::Tensor>& x = job.inputs.For(format, scales);
@@ -275,7 +277,7 @@ class Renderer {
   }
 
   // Leaves the stored tensors in `rendered` and returns the decoded weight, float32 [out, in].
-  Result<at::Tensor> RenderLinear(const Job& job, Rendered& rendered) {
+  Result<at::Tensor> RenderLinear(const Job& job, StageRun& run, Rendered& rendered) {
     const LinearInfo& linear = job.linear;
     Json& report = rendered.report[linear.name];
     report["format"] = job.format.name();
@@ -287,25 +289,14 @@ class Renderer {
       report["rendered"] = "rtn";
       return decoded;
     }
-    // An expert that saw few tokens is rounded to nearest with chosen scales.
-    const bool scales_only = linear.is_expert && job.inputs.tokens() < kFewestInputs;
-    InputMoments moments(linear.in);
-    LinearInputs inputs;
     at::Tensor target = job.weight;
-    if (scales_only) {
-      moments = moments.WithNoise(at::ones({linear.in}));
-    } else {
-      inputs = SplitInputs(job);
-      moments.Add(inputs.train.x(), {});
-      if (options_.correct) {
-        target = Correct(job.weight, moments.hessian(), inputs.train, inputs.held_out).weight;
-      }
-    }
-    PQ_ASSIGN_OR_RETURN(GptqResult result, RenderGuarded(job.format, job.weight, target, moments,
-                                                         inputs.Judge(moments), job.scales,
-                                                         linear.dtype, options_.gptq));
-    report["rendered"] = result.fell_back ? "rtn" : scales_only ? "rtn+scales" : "gptq";
-    if (inputs.held_out.tokens() > 0) {
+    const std::shared_ptr<const RoundingInputs> by =
+        linear.is_expert ? SharedRounding(job, run) : MakeRounding(job, target);
+    PQ_ASSIGN_OR_RETURN(GptqResult result,
+                        RenderGuarded(job.format, job.weight, target, by->hessian, by->Judge(),
+                                      job.scales, linear.dtype, options_.gptq));
+    report["rendered"] = result.fell_back ? "rtn" : HasFewInputs(job) ? "rtn+scales" : "gptq";
+    if (by->held_out.tokens() > 0) {
       report["error_ratio"] = result.error_ratio;
       report["weight_error_ratio"] = result.weight_ratio;
     }
@@ -313,8 +304,42 @@ class Renderer {
     return std::move(result.decoded);
   }
 
-  LinearInputs SplitInputs(const Job& job) const {
-    LinearInputs inputs;
+  static bool HasFewInputs(const Job& job) {
+    return job.linear.is_expert && job.inputs.tokens() < kFewestInputs;
+  }
+
+  // Experts have neither token weights nor lacks: one that reads the same as the one before it, as
+  // up after gate, is rounded by the same, and so are all that saw few tokens.
+  std::shared_ptr<const RoundingInputs> SharedRounding(const Job& job, StageRun& run) const {
+    const bool few = HasFewInputs(job);
+    LastRounding& last = few ? run.of_few_inputs : run.of_expert;
+    const InputSet* inputs = few ? nullptr : &job.inputs;
+    if (last.by == nullptr || last.inputs != inputs || last.format != &job.format) {
+      at::Tensor target = job.weight;
+      last = {.inputs = inputs, .format = &job.format, .by = MakeRounding(job, target)};
+    }
+    return last.by;
+  }
+
+  // `target`, the weight, is moved towards the source's outputs. What saw few tokens gets inputs
+  // that come one at a time: their Hessian rounds to nearest with chosen scales.
+  std::shared_ptr<const RoundingInputs> MakeRounding(const Job& job, at::Tensor& target) const {
+    auto by = std::make_shared<RoundingInputs>();
+    if (HasFewInputs(job)) {
+      by->train.Add(at::eye(job.linear.in), {});
+    } else {
+      SplitInputs(job, *by);
+    }
+    InputMoments moments(job.linear.in);
+    moments.Add(by->train.x(), {});
+    if (options_.correct) {
+      target = Correct(target, moments.hessian(), by->train, by->held_out).weight;
+    }
+    by->hessian = FactorHessian(job.format, moments.hessian(), options_.gptq);
+    return by;
+  }
+
+  void SplitInputs(const Job& job, RoundingInputs& by) const {
     const std::vector<at::Tensor>& x = job.inputs.For(job.format, job.scales);
     const auto weights = token_weights_.find(job.linear.name);
     int64_t first = 0;
@@ -323,11 +348,10 @@ class Renderer {
       const at::Tensor token_weights = weights == token_weights_.end()
                                            ? at::Tensor()
                                            : weights->second.narrow(0, first, rows.size(0));
-      InputRows& half = IsHeldOut(n, x.size()) ? inputs.held_out : inputs.train;
+      InputRows& half = IsHeldOut(n, x.size()) ? by.held_out : by.train;
       half.Add(rows, token_weights, Lack(job, n, rows));
       first += rows.size(0);
     }
-    return inputs;
   }
 
   // What the outputs for `rows` lack of the source's, [tokens, out]; undefined for an expert, whose

@@ -226,7 +226,8 @@ class RenderTest : public ::testing::Test {
     moments.Add(train.x(), {});
     const at::Tensor weight = WeightOf(kQuery);
     const at::Tensor target = Correct(weight, moments.hessian(), train, held_out).weight;
-    return Must(RenderGuarded(format, weight, target, moments, held_out, shared, DType::kBF16, {}));
+    return Must(RenderGuarded(format, weight, target, FactorHessian(format, moments.hessian(), {}),
+                              held_out, shared, DType::kBF16, {}));
   }
 
   // Leaves in the store what the probe would: one weight per token and Linear.

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <utility>
 
-#include "formats/extremes.h"
 #include "kernels/gather.h"
 #include "kernels/gptq.h"
 #include "kernels/symmetric.h"
@@ -16,74 +15,9 @@
 namespace prismaquant {
 namespace {
 
-constexpr int64_t kBlockColumns = 128;
-// A Hessian that cannot be factored is tried again with ten times the damping, at least this.
-constexpr int kDampingRetries = 4;
-constexpr double kSmallestRetry = 1e-4;
 // Of the Hessian that a correction is solved with.
 constexpr double kCorrectionDamping = 1;
 constexpr double kLargestCorrection = 0.5;
-// Up to this size the factorisation runs in float64.
-constexpr int64_t kLargestFloat64 = 4096;
-
-// The power of four next below `x`: dividing a Hessian by it changes the exponents of its factor
-// and no other bit.
-double PowerOfFour(double x) { return std::exp2(2 * std::floor(std::log2(x) / 2)); }
-
-at::ScalarType FactorType(int64_t columns) {
-  return columns <= kLargestFloat64 ? at::kDouble : at::kFloat;
-}
-
-// A symmetric matrix over `unit`, with damping on its diagonal, and its factor in the same memory.
-class DampedMatrix {
- public:
-  // `matrix`: contiguous; overwritten if it is of `type`, that of the factor.
-  DampedMatrix(at::Tensor matrix, at::ScalarType type)
-      : mean_(AllFinite(matrix) ? matrix.diagonal().to(at::kDouble).mean().item<double>() : 0),
-        unit_(IsUsable() ? PowerOfFour(mean_) : 1),
-        matrix_(matrix.to(type).div_(unit_)),
-        diagonal_(matrix_.diagonal().clone()) {}
-
-  double unit() const { return unit_; }
-  // The lower Cholesky factor, with the matrix's own elements above its diagonal; a row without
-  // inputs has the damping alone for its diagonal. Undefined if it cannot be had. Valid until the
-  // next call.
-  at::Tensor Factor(double damping) {
-    if (!IsUsable()) return {};
-    if (overwritten_) {
-      const at::Tensor below = matrix_.tril(-1);
-      matrix_ = below + below.t();
-    }
-    overwritten_ = true;
-    matrix_.diagonal().copy_(diagonal_ + damping * mean_ / unit_);
-    return ops::CholeskyInPlace(matrix_) ? matrix_.t() : at::Tensor();
-  }
-
- private:
-  bool IsUsable() const { return mean_ > 0; }
-
-  double mean_, unit_;  // of the diagonal; 0 if an element is not finite
-  at::Tensor matrix_, diagonal_;
-  bool overwritten_ = false;  // above the diagonal, by a factor
-};
-
-// The Cholesky factor L of the damped Hessian with rows and columns reversed, up to a positive
-// multiple, float32, its upper triangle anything; undefined if it cannot be had. `reversed`: that
-// Hessian.
-at::Tensor ReversedFactor(at::Tensor reversed, double damping) {
-  const at::ScalarType type = FactorType(reversed.size(0));
-  DampedMatrix damped(std::move(reversed), type);
-  for (int attempt = 0; attempt <= kDampingRetries; ++attempt) {
-    const at::Tensor factor = damped.Factor(damping);
-    damping = std::max(damping * 10, kSmallestRetry);
-    if (!factor.defined()) continue;
-    at::Tensor lower = factor.to(at::kFloat);
-    // Whatever is above the diagonal is finite.
-    if (AllFinite(lower.t()) && (lower.diagonal() > 0).all().item<bool>()) return lower;
-  }
-  return {};
-}
-
 double Ratio(double error, double reference) { return reference > 0 ? error / reference : 1; }
 
 // What the loop writes for a format, and how it becomes the format's tensors.
@@ -112,27 +46,10 @@ ops::GptqGrid GridOf(const Format& format) {
   }
 }
 
-// The order in which columns are rounded: whole groups, the ones with the largest diagonal of H
-// first, since what is rounded early can still be made up for.
-struct Order {
-  at::Tensor groups, columns;  // int64: which one comes next
-
-  void Restore(GridState& state) const {
-    const at::Tensor back = at::argsort(columns);
-    state.codes = ops::Gather(state.codes, back);
-    if (state.group > 0) state.scale = ops::Gather(state.scale, at::argsort(groups));
-  }
-};
-
-Order OrderByImportance(const Format& format, const at::Tensor& hessian) {
-  const int64_t in = hessian.size(0);
-  const int64_t group = std::max<int64_t>(ops::GptqGroupSize(GridOf(format)), 1);
-  const at::Tensor importance = hessian.diagonal().view({in / group, group}).sum(1);
-  const at::Tensor groups =
-      at::argsort(importance, /*stable=*/true, /*dim=*/0, /*descending=*/true);
-  const at::Tensor columns =
-      (groups.unsqueeze(1) * group + at::arange(group).unsqueeze(0)).flatten();
-  return {.groups = groups, .columns = columns};
+// Back to the weight's own order of columns.
+void RestoreOrder(const FactoredHessian& hessian, GridState& state) {
+  state.codes = ops::Gather(state.codes, at::argsort(hessian.columns()));
+  if (state.group > 0) state.scale = ops::Gather(state.scale, at::argsort(hessian.groups()));
 }
 
 GridState MakeGrid(const Format& format, const StoredTensors& rtn, int64_t out, int64_t in) {
@@ -208,9 +125,7 @@ at::Tensor CorrectionStep(const at::Tensor& hessian, const InputRows& train) {
   const auto multiply = [&](const at::Tensor& a, const at::Tensor& b) {
     return at::matmul(a.to(products), b.to(products)).to(at::kFloat);
   };
-  // Beside products in bfloat16 a factor in float32 is exact.
-  const at::ScalarType type =
-      products == at::kBFloat16 ? at::kFloat : FactorType(std::min(tokens, in));
+  const at::ScalarType type = FactorType(std::min(tokens, in), products);
   const bool by_tokens = tokens < in;
   const double share = static_cast<double>(tokens) / static_cast<double>(in);
   DampedMatrix damped(by_tokens ? GramMatrix(x) : hessian.clone(), type);
@@ -225,29 +140,22 @@ at::Tensor CorrectionStep(const at::Tensor& hessian, const InputRows& train) {
 }
 
 // Rounds block by block of columns. What the columns before a block left, E = W - W_q, moves it by
-// E R U_BB, where the Hessian is R R^T with R upper triangular, R are its rows above the block and
-// U_BB is the inverse of its own (docs/rendering.md). R is `factor` reversed; so is E here, which
-// saves turning R around.
-void RunColumns(const at::Tensor& weight, const at::Tensor& factor, const GptqOptions& options,
-                GridState& state) {
+// E R U_BB, where R are the factor's rows above the block and U_BB is the inverse of its own
+// (docs/rendering.md). R is stored reversed; so is E here, which saves turning R around.
+void RunColumns(const at::Tensor& weight, const FactoredHessian& hessian,
+                const GptqOptions& options, GridState& state) {
+  constexpr int64_t kBlockColumns = FactoredHessian::kBlockColumns;
   const int64_t in = weight.size(1);
-  const at::Tensor rows = factor.to(options.products);
-  const at::Tensor left = at::empty(weight.sizes(), options.products);  // E, last column first
+  const at::ScalarType products = hessian.factor().scalar_type();
+  const at::Tensor left = at::empty(weight.sizes(), products);  // E, last column first
   for (int64_t begin = 0; begin < in; begin += kBlockColumns) {
     const int64_t columns = std::min(kBlockColumns, in - begin), after = in - begin - columns;
-    const at::Tensor own = factor.narrow(0, after, columns)
-                               .narrow(1, after, columns)
-                               .tril()
-                               .flip({0, 1})
-                               .to(at::kDouble);
-    const at::Tensor inverse =
-        at::linalg_solve_triangular(own, at::eye(columns, at::kDouble), /*upper=*/true)
-            .to(at::kFloat)
-            .contiguous();
+    const at::Tensor& inverse = hessian.inverse(begin / kBlockColumns);
     const at::Tensor target = weight.narrow(1, begin, columns);
     at::Tensor block = target.clone(at::MemoryFormat::Contiguous);
     if (begin > 0) {
-      const at::Tensor above = rows.narrow(0, in - begin, begin).narrow(1, after, columns);
+      const at::Tensor above =
+          hessian.factor().narrow(0, in - begin, begin).narrow(1, after, columns);
       const at::Tensor moved = at::matmul(left.narrow(1, in - begin, begin), above);
       block.addmm_(moved.to(at::kFloat), inverse.flip(0));
     }
@@ -261,36 +169,38 @@ void RunColumns(const at::Tensor& weight, const at::Tensor& factor, const GptqOp
     state.codes.narrow(1, begin, columns).copy_(codes);
     if (state.group > 0)
       state.scale.narrow(1, begin / state.group, columns / state.group).copy_(scale);
-    left.narrow(1, after, columns).copy_((target - block).to(options.products).flip(1));
+    left.narrow(1, after, columns).copy_((target - block).to(products).flip(1));
   }
 }
 
 }  // namespace
 
-Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
-                              const at::Tensor& hessian, const SharedScales& shared, DType source,
+FactoredHessian FactorHessian(const Format& format, const at::Tensor& hessian,
                               const GptqOptions& options) {
+  const int64_t group = std::max<int64_t>(ops::GptqGroupSize(GridOf(format)), 1);
+  return FactoredHessian(hessian, group, options.damping, options.products);
+}
+
+Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
+                              const FactoredHessian& hessian, const SharedScales& shared,
+                              DType source, const GptqOptions& options) {
   if (format.grid() == Grid::kNone) {
     return Status::InvalidInput(fmt::format("format {} has no grid to round to", format.name()));
   }
   GptqResult result;
   StoredTensors rtn = format.Encode(weight, shared, source);
-  const Order order = OrderByImportance(format, hessian);
-  const at::Tensor backwards = order.columns.flip(0);
-  const at::Tensor factor =
-      ReversedFactor(ops::Gather(hessian.contiguous(), backwards, backwards), options.damping);
-  if (!factor.defined()) {
+  if (!hessian.ok()) {
     result.decoded = format.Decode(rtn);
     result.stored = std::move(rtn);
     result.fell_back = true;
     return result;
   }
   GridState state = MakeGrid(format, rtn, weight.size(0), weight.size(1));
-  RunColumns(ops::Gather(weight.contiguous(), order.columns), factor, options, state);
-  order.Restore(state);
+  RunColumns(ops::Gather(weight.contiguous(), hessian.columns()), hessian, options, state);
+  RestoreOrder(hessian, state);
   result.stored = ToStored(format, state, std::move(rtn));
   if (options.sweep && format.grid() == Grid::kE2M1Group16) {
-    SweepScales(weight, hessian.diagonal().contiguous(), format, result.stored);
+    SweepScales(weight, hessian.diagonal(), format, result.stored);
   }
   result.decoded = format.Decode(result.stored);
   return result;
@@ -312,11 +222,10 @@ CorrectedWeight Correct(const at::Tensor& weight, const at::Tensor& hessian, con
 }
 
 Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
-                                 const at::Tensor& target, const InputMoments& train,
+                                 const at::Tensor& target, const FactoredHessian& train,
                                  const RoundingJudge& judge, const SharedScales& shared,
                                  DType source, const GptqOptions& options) {
-  PQ_ASSIGN_OR_RETURN(GptqResult gptq,
-                      RenderGptq(format, target, train.hessian(), shared, source, options));
+  PQ_ASSIGN_OR_RETURN(GptqResult gptq, RenderGptq(format, target, train, shared, source, options));
   StoredTensors rtn = format.Encode(weight, shared, source);
   at::Tensor rtn_decoded = format.Decode(rtn);
   const RoundingError error = judge.ErrorOf(gptq.decoded, weight);

@@ -13,6 +13,7 @@
 
 #include "base/status.h"
 #include "formats/format.h"
+#include "round/factored_hessian.h"
 #include "round/input_moments.h"
 
 namespace prismaquant {
@@ -22,7 +23,7 @@ struct GptqOptions {
   bool choose_scales = true;  // search each group's scale when the group is reached
   bool sweep = false;         // NVFP4: SweepScales afterwards
   // What the columns that are done move the others by is multiplied in this type, float32 or
-  // bfloat16.
+  // bfloat16: FactoredHessian's.
   at::ScalarType products = at::kFloat;
 };
 
@@ -35,10 +36,15 @@ struct GptqResult {
   double error_ratio = 1, weight_ratio = 1;
 };
 
-// weight float32 [out, in], hessian [in, in]. The format must have a grid.
-Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
-                              const at::Tensor& hessian, const SharedScales& shared, DType source,
+// hessian [in, in] float32, for rounding in `format`.
+FactoredHessian FactorHessian(const Format& format, const at::Tensor& hessian,
                               const GptqOptions& options);
+
+// weight float32 [out, in]; hessian: FactorHessian for the same format and options. The format must
+// have a grid.
+Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
+                              const FactoredHessian& hessian, const SharedScales& shared,
+                              DType source, const GptqOptions& options);
 
 // W + a S, on the way to the unrounded weight whose outputs are nearest to the source's: S = E^T X
 // (X^T X + d I)^-1 of the training inputs X and lacks E, with d the mean of the Hessian's diagonal,
@@ -55,7 +61,7 @@ CorrectedWeight Correct(const at::Tensor& weight, const at::Tensor& hessian, con
 // GPTQ of `target`, the weight or a corrected one, by `train`; kept only if its output error by
 // `judge` is finite and not above that of the weight rounded to nearest.
 Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
-                                 const at::Tensor& target, const InputMoments& train,
+                                 const at::Tensor& target, const FactoredHessian& train,
                                  const RoundingJudge& judge, const SharedScales& shared,
                                  DType source, const GptqOptions& options);
 

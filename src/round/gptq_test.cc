@@ -252,7 +252,8 @@ class RenderGptqTest : public ::testing::TestWithParam<std::string> {
   GptqResult Render(const at::Tensor& weight, const at::Tensor& hessian, GptqOptions options = {},
                     DType source = DType::kBF16) {
     Result<GptqResult> result =
-        RenderGptq(format(), weight, hessian, ScalesOf(weight), source, options);
+        RenderGptq(format(), weight, FactorHessian(format(), hessian, options), ScalesOf(weight),
+                   source, options);
     EXPECT_TRUE(result.ok()) << result.status().message();
     const Status checked =
         CheckStored(format(), result->stored, weight.size(0), weight.size(1), source);
@@ -426,8 +427,10 @@ TEST_P(RenderGptqTest, GuardKeepsWhatIsBetterOnTheHeldOutInputs) {
   const at::Tensor weight = Weight(32, 160), inputs = CorrelatedInputs(1024, 160, 1);
   const at::Tensor train = Gram(inputs);
   const auto judged = [&](const RoundingJudge& judge) {
-    return *RenderGuarded(format(), weight, weight, MomentsOf(inputs), judge, ScalesOf(weight),
-                          DType::kBF16, {.damping = 0.01});
+    const GptqOptions options{.damping = 0.01};
+    return *RenderGuarded(format(), weight, weight,
+                          FactorHessian(format(), MomentsOf(inputs).hessian(), options), judge,
+                          ScalesOf(weight), DType::kBF16, options);
   };
   const auto guarded = [&](const at::Tensor& held_out) { return judged(RowsOf(held_out)); };
   const GptqResult plain = Render(weight, train, {.damping = 0.01});
@@ -527,8 +530,9 @@ TEST(RenderGptq, ScaleChoiceHelpsNvfp4) {
   const at::Tensor weight = Weight(32, 160);
   const at::Tensor hessian = CorrelatedHessian(160);
   const auto error = [&](bool choose_scales) {
-    const auto result = RenderGptq(format, weight, hessian, ScalesOf(weight), DType::kBF16,
-                                   {.choose_scales = choose_scales});
+    const GptqOptions options{.choose_scales = choose_scales};
+    const auto result = RenderGptq(format, weight, FactorHessian(format, hessian, options),
+                                   ScalesOf(weight), DType::kBF16, options);
     return ExactError(result->decoded, weight, hessian);
   };
   EXPECT_LT(error(true), 0.95 * error(false));
@@ -537,15 +541,18 @@ TEST(RenderGptq, ScaleChoiceHelpsNvfp4) {
 TEST(RenderGptq, GlobalScalesAreTheFusedSets) {
   const at::Tensor weight = Weight(8, 64);
   const SharedScales shared{.weight_amax = 3 * Amax(weight), .input_amax = 7};
-  const auto result =
-      RenderGptq(*FindFormat("nvfp4"), weight, CorrelatedHessian(64), shared, DType::kBF16, {});
+  const Format& format = *FindFormat("nvfp4");
+  const auto result = RenderGptq(format, weight, FactorHessian(format, CorrelatedHessian(64), {}),
+                                 shared, DType::kBF16, {});
   EXPECT_EQ(result->stored.at("weight_global_scale").item<float>(),
             2688 / static_cast<float>(shared.weight_amax));
   EXPECT_EQ(result->stored.at("input_global_scale").item<float>(), 384.0F);
 }
 
 TEST(RenderGptq, FormatWithoutAGridIsRefused) {
-  const auto result = RenderGptq(SourceFormat(), Weight(4, 16), at::eye(16), {}, DType::kBF16, {});
+  const auto result =
+      RenderGptq(SourceFormat(), Weight(4, 16), FactorHessian(SourceFormat(), at::eye(16), {}), {},
+                 DType::kBF16, {});
   EXPECT_EQ(result.status().code(), StatusCode::kInvalidInput);
   EXPECT_EQ(result.status().message(), "format bf16 has no grid to round to");
 }
