@@ -55,9 +55,9 @@ class Mixture : public FeedForward {
       inputs.assign(held.begin() + kFirstExpert, held.end());
       return inputs;
     }
-    const at::Tensor tokens = held[kInput].flatten(0, -2);
-    for (const at::Tensor& rows : PerExpert(held[kRows], held[kCounts])) {
-      inputs.insert(inputs.end(), 2, tokens.index_select(0, rows));
+    const at::Tensor tokens = held[kInput].flatten(0, -2).index_select(0, held[kRows]);
+    for (const at::Tensor& of_expert : PerExpert(tokens, held[kCounts])) {
+      inputs.insert(inputs.end(), 2, of_expert);
     }
     if (shared()) inputs.push_back(held[kShared]);
     return inputs;
@@ -67,9 +67,14 @@ class Mixture : public FeedForward {
     if (stage == 0) {
       Route(std::move(outputs), state);
     } else if (stage == 1) {
-      for (int64_t e = 0; e < config_.experts; ++e) {
-        const auto gate = static_cast<size_t>(2 * e);
-        state.held.push_back(Activate(activation_, outputs[gate]) * outputs[gate + 1]);
+      std::vector<at::Tensor> gate, up;
+      for (size_t e = 0; e < static_cast<size_t>(config_.experts); ++e) {
+        gate.push_back(outputs[2 * e]);
+        up.push_back(outputs[2 * e + 1]);
+      }
+      const at::Tensor activated = Activate(activation_, at::cat(gate)) * at::cat(up);
+      for (const at::Tensor& of_expert : PerExpert(activated, state.held[kCounts])) {
+        state.held.push_back(of_expert);
       }
       if (shared()) state.held[kShared] = outputs.back();
     } else {

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "performance/layer_shapes.h"
-#include "probe/forward_pass.h"
 #include "round/factored_hessian.h"
 #include "round/input_moments.h"
 
@@ -120,10 +119,9 @@ class Forecaster {
     return needs;
   }
 
-  // Of the sequences that go together, without gradients.
+  // Of one sequence without gradients.
   double Activations(const PartShape& part, const LayerShape& layer) const {
-    const auto together = static_cast<double>(kTokensTogether);
-    return std::max(part.load.longest, std::min(part.load.tokens, together)) *
+    return part.load.longest *
            (element_ * 2 * layer.widest + kFloat * (6 * layer.hidden + 8 * layer.recurrent));
   }
   // And with what autograd keeps.
@@ -170,13 +168,14 @@ class Forecaster {
       for (const LayerShape& layer : part.layers) {
         AddLayer(layer, part.load, kBackward, 3, needs);
         const double priced = layer.AllocatableWeights();
+        const double dense = layer.AllocatableWeights(/*experts=*/false);
         needs.nearest += formats * priced;
-        needs.memory += priced * (product_ * part.load.sequences * (2 + formats) +
-                                  kFloat * kErrorPasses * formats);
+        needs.products += formats * ExpertProducts(layer, part.load.tokens);
+        needs.memory += dense * product_ * part.load.sequences * (2 + formats) +
+                        priced * kFloat * kErrorPasses * formats;
         needs.read += layer.stored + 2 * states * layer.hidden;
         needs.written += states * layer.hidden;
-        const double errors = product_ * formats * layer.AllocatableWeights(/*experts=*/false) +
-                              KeptForExperts(layer, part.load.tokens);
+        const double errors = product_ * formats * dense + KeptForExperts(layer, part.load.tokens);
         const double running = product_ * layer.LargestWeight() + SavedActivations(part, layer);
         needs.resident =
             std::max(needs.resident, Loaded(layer) + errors + running + 3 * states * layer.hidden);
@@ -184,6 +183,16 @@ class Forecaster {
     }
     AddGptqPass(needs);
     return needs;
+  }
+
+  // Of all tokens that reach them with the weights of experts, once.
+  static double ExpertProducts(const LayerShape& layer, double tokens) {
+    double products = 0;
+    for (const LinearShape& linear : layer.linears) {
+      if (linear.is_expert && linear.allocatable)
+        products += 2 * linear.share * tokens * linear.weights();
+    }
+    return products;
   }
 
   // What experts read and the gradients at their outputs, which are kept until the layer's end.

@@ -49,19 +49,10 @@ Status ForwardPass::VisitLayer(const PartLayers& part, int layer, const Visit& v
     PQ_ASSIGN_OR_RETURN(const StoredSequences inputs,
                         StoredSequences::Open(store_, HiddenBlob(part, layer)));
     std::vector<at::Tensor> outputs;
-    const int64_t end = inputs.first() + inputs.count();
-    for (int64_t n = inputs.first(); n < end;) {
-      const SequenceContext& context = sequences_.Context(part.part, n);
-      std::vector<at::Tensor> together;
-      int64_t tokens = 0;
-      for (; n < end && &sequences_.Context(part.part, n) == &context; ++n) {
-        tokens += inputs.of(n).size(1);
-        if (!together.empty() && tokens > kTokensTogether) break;
-        together.push_back(inputs.of(n));
-      }
-      const at::Tensor y = RunLayer(*block, context, at::cat(together), runner);
-      if (!AllFinite(y)) return NotFinite(model_, fmt::format("the output of layer {}", layer));
-      for (const at::Tensor& output : y.split(1)) outputs.push_back(output);
+    for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
+      outputs.push_back(RunLayer(*block, sequences_.Context(part.part, n), inputs.of(n), runner));
+      if (AllFinite(outputs.back())) continue;
+      return NotFinite(model_, fmt::format("the output of layer {}", layer));
     }
     return PutSequences(store_, HiddenBlob(part, layer + 1), inputs.first(), outputs);
   });

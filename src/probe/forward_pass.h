@@ -5,7 +5,6 @@
 // states before and after each layer stay in the run store; memory holds one layer's weights and
 // the hidden states on both its sides. Layers that the store marks as done are left out.
 
-#include <cstdint>
 #include <functional>
 #include <string>
 #include <utility>
@@ -19,9 +18,6 @@
 namespace prismaquant {
 
 inline constexpr char kHiddenFolder[] = "hidden";
-// Sequences of one length go through a layer together, as many as have so many tokens: products of
-// few rows, as those of experts are, take longest to read their weights.
-inline constexpr int64_t kTokensTogether = 2048;
 // The hidden states before `layer` of a part, or, if it is the part's end, after its last one.
 std::string HiddenBlob(const PartLayers& part, int layer);
 

@@ -175,20 +175,23 @@ void LinearStatistics::AddSequences(std::span<const SequenceRows> rows, const at
                                     StatisticsBuffers& buffers) {
   for (size_t i = 0; i < errors.size(); ++i) errors_[i].mean_square = errors[i].mean_square;
   if (rows.empty()) return;
-  std::vector<at::Tensor> gradients, owners;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    gradients.push_back(rows[i].g);
-    owners.push_back(at::full({rows[i].g.size(0)}, static_cast<int64_t>(i), at::kLong));
-  }
-  const at::Tensor g = at::cat(gradients), owner = at::cat(owners);
+  std::vector<at::Tensor> gradients;
+  for (const SequenceRows& of_sequence : rows) gradients.push_back(of_sequence.g);
+  const at::Tensor g = at::cat(gradients);
   const at::Tensor& x_f32 = buffers.activations.SetInput(x);
   AddTokens(x_f32, g);
   if (errors.empty()) return;
 
-  const auto count = static_cast<int64_t>(rows.size());
+  // Ones where a token [.., tokens] belongs to a sequence [sequences, ..].
+  const at::Tensor belongs = at::zeros({static_cast<int64_t>(rows.size()), g.size(0)});
+  int64_t first = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const int64_t tokens = gradients[i].size(0);
+    belongs[static_cast<int64_t>(i)].narrow(0, first, tokens).fill_(1);
+    first += tokens;
+  }
   const auto add = [&](const at::Tensor& products, Sums& sums) {
-    const at::Tensor parts =
-        at::zeros({count, products.size(1)}).index_add_(0, owner, products).to(at::kDouble);
+    const at::Tensor parts = at::matmul(belongs, products).to(at::kDouble);
     const at::Tensor sum = parts.sum(1), squares = parts.square().sum(1);
     for (size_t i = 0; i < rows.size(); ++i) {
       const auto n = static_cast<size_t>(rows[i].sequence);
