@@ -25,6 +25,7 @@ constexpr double kErrorPasses = 4;     // over the weights, per priced format
 constexpr double kRoundPasses = 20;    // over the weights that are rounded
 constexpr double kHessianPasses = 10;  // over a Hessian
 constexpr double kRowPasses = 24;      // over inputs and outputs of what is rounded
+constexpr double kKeptBytes = 2.5;     // per byte of what experts keep
 // Of one in so many sequences the result is judged (src/render/render.cc).
 constexpr double kJudgedShare = 1.0 / 8, kJudgements = 3;
 constexpr double kExportPasses = 40;       // over the bytes written
@@ -195,7 +196,8 @@ class Forecaster {
     return products;
   }
 
-  // What experts read and the gradients at their outputs, which are kept until the layer's end.
+  // What experts read and the gradients at their outputs, which are kept until the layer's end, and
+  // the gaps that so many small tensors leave in the heap.
   double KeptForExperts(const LayerShape& layer, double tokens) const {
     double elements = 0;
     for (const LinearShape& linear : layer.linears) {
@@ -203,7 +205,7 @@ class Forecaster {
         elements += linear.share * tokens * (linear.out + (linear.is_sibling ? 0 : linear.in));
       }
     }
-    return element_ * elements;
+    return kKeptBytes * element_ * elements;
   }
 
   // A further pass that prices weights as GPTQ leaves them, each half of the sequences by the
@@ -263,15 +265,18 @@ class Forecaster {
     }
   }
 
-  // Of the layer's Linear that takes most: Hessian, its factor, and that for products, the weight
-  // in its several states, and its rows, by sequence and joined.
+  // Of the layer's Linear that takes most: its rows, by sequence and joined, and while the Hessian
+  // is factored Hessian, factor, and that for products with the weight and what it is aimed at, or
+  // later that for products with the weight in its several states.
   double RoundingMemory(const LayerShape& layer, double tokens) const {
     double most = 0;
     for (const LinearShape& linear : layer.linears) {
       if (!linear.allocatable) continue;
-      const double hessians = (2 * kFloat + product_) * linear.in * linear.in;
+      const double square = linear.in * linear.in;
       const double rows = 2 * product_ * linear.share * tokens * (linear.in + linear.out);
-      most = std::max(most, hessians + 8 * kFloat * linear.weights() + rows);
+      const double factored = (2 * kFloat + product_) * square + 3 * kFloat * linear.weights();
+      const double rounded = product_ * square + 8 * kFloat * linear.weights();
+      most = std::max(most, rows + std::max(factored, rounded));
     }
     return most;
   }
@@ -308,7 +313,8 @@ class Forecaster {
         needs.read += layer.stored + streams * states * layer.hidden;
         needs.written +=
             streams * states * layer.hidden + settings_.bits / 8 * layer.AllocatableWeights();
-        const double held = (streams + 1) * states * (2 * layer.hidden + layer.widest);
+        const double held = (streams + 1) * states * (2 * layer.hidden + layer.widest) +
+                            settings_.bits / 8 * layer.AllocatableWeights();
         needs.resident =
             std::max(needs.resident,
                      Loaded(layer) + held + (gptq ? RoundingMemory(layer, part.load.tokens) : 0));

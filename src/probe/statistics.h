@@ -16,7 +16,7 @@
 // inputs led to (docs/cost-models.md).
 //
 // A sequence none of whose tokens reached the Linear has s_nf = 0. All sums are in float64 over
-// blocks that are summed in float32. One thread feeds it, sequence by sequence.
+// blocks that are summed in float32. One thread feeds it, sequence by sequence or all at once.
 
 #include <ATen/core/Tensor.h>
 
