@@ -25,7 +25,7 @@ constexpr double kErrorPasses = 4;     // over the weights, per priced format
 constexpr double kRoundPasses = 20;    // over the weights that are rounded
 constexpr double kHessianPasses = 10;  // over a Hessian
 constexpr double kRowPasses = 24;      // over inputs and outputs of what is rounded
-constexpr double kKeptBytes = 2.5;     // per byte of what experts keep
+constexpr double kKeptBytes = 3;       // per byte of what experts keep
 // Of one in so many sequences the result is judged (src/render/render.cc).
 constexpr double kJudgedShare = 1.0 / 8, kJudgements = 3;
 constexpr double kExportPasses = 40;       // over the bytes written
