@@ -17,7 +17,7 @@
 
 #include "data/calibration.h"
 #include "formats/format.h"
-#include "formats/tensor_bytes.h"
+#include "formats/write_tensors.h"
 #include "io/checkpoint.h"
 #include "io/temporary_folder.h"
 #include "model/model.h"
@@ -58,9 +58,7 @@ class TinyCheckpoint {
                          {"num_key_value_heads", 1},
                          {"head_dim", 32},
                          {"tie_word_embeddings", true}};
-    const Status written =
-        CheckpointWriter::Write(FileSystem::Default(), folder_ / "source", {.overwrite = true},
-                                plan_, {{"config.json", config.dump()}});
+    const Status written = WriteTensors(folder_ / "source", tensors_, config);
     EXPECT_TRUE(written.ok()) << written.message();
     checkpoint_ = std::make_unique<Checkpoint>(Checkpoint::Open(folder_ / "source").value());
     model_ = Model::Open(*checkpoint_).value();
@@ -77,17 +75,12 @@ class TinyCheckpoint {
   void Add(const std::string& name, const std::vector<int64_t>& shape) {
     const auto scale = scales_.find(name);
     const double deviation = 0.3 * (scale == scales_.end() ? 1 : scale->second);
-    const at::Tensor tensor = (torch::randn(shape) * deviation).to(at::kBFloat16);
-    CheckpointWriter::Tensor& entry = plan_.emplace_back();
-    entry.spec = {name, DType::kBF16, shape};
-    entry.write = [tensor](const CheckpointWriter::Sink& sink) {
-      return sink(TensorBytes(tensor));
-    };
+    tensors_[name] = (torch::randn(shape) * deviation).to(at::kBFloat16);
   }
 
   std::map<std::string, double> scales_;
   TemporaryFolder folder_;
-  std::vector<CheckpointWriter::Tensor> plan_;
+  std::map<std::string, at::Tensor> tensors_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Model> model_;
   Calibration calibration_;

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "formats/tensor_bytes.h"
+#include "formats/write_tensors.h"
 #include "io/temporary_folder.h"
 #include "render/render.h"
 
@@ -83,13 +83,6 @@ class RenderExpertsTest : public ::testing::Test {
   }
 
   void OpenModel() {
-    std::vector<CheckpointWriter::Tensor> plan;
-    for (const auto& [name, tensor] : tensors_) {
-      plan.push_back({{name, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
-                      [tensor = tensor](const CheckpointWriter::Sink& sink) {
-                        return sink(TensorBytes(tensor));
-                      }});
-    }
     const Json config = {{"architectures", {"Qwen3MoeForCausalLM"}},
                          {"vocab_size", 48},
                          {"hidden_size", kHidden},
@@ -103,8 +96,7 @@ class RenderExpertsTest : public ::testing::Test {
                          {"num_key_value_heads", 1},
                          {"head_dim", 32},
                          {"tie_word_embeddings", true}};
-    const Status written = CheckpointWriter::Write(FileSystem::Default(), folder_ / "source", {},
-                                                   plan, {{"config.json", config.dump()}});
+    const Status written = WriteTensors(folder_ / "source", tensors_, config);
     ASSERT_TRUE(written.ok()) << written.message();
     checkpoint_ = std::make_unique<Checkpoint>(Must(Checkpoint::Open(folder_ / "source")));
     model_ = Must(Model::Open(*checkpoint_));

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "formats/tensor_bytes.h"
+#include "formats/write_tensors.h"
 #include "io/faulty_file_system.h"
 #include "io/temporary_folder.h"
 #include "model/plain_linears.h"
@@ -107,13 +108,6 @@ class RenderTest : public ::testing::Test {
   }
 
   void OpenModel() {
-    std::vector<CheckpointWriter::Tensor> plan;
-    for (const auto& [name, tensor] : tensors_) {
-      plan.push_back({{name, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
-                      [tensor = tensor](const CheckpointWriter::Sink& sink) {
-                        return sink(TensorBytes(tensor));
-                      }});
-    }
     const Json config = {{"architectures", {"Qwen3ForCausalLM"}},
                          {"vocab_size", 48},
                          {"hidden_size", 64},
@@ -123,9 +117,7 @@ class RenderTest : public ::testing::Test {
                          {"num_key_value_heads", 1},
                          {"head_dim", 32},
                          {"tie_word_embeddings", true}};
-    const Status written =
-        CheckpointWriter::Write(FileSystem::Default(), folder_ / "source", {.overwrite = true},
-                                plan, {{"config.json", config.dump()}});
+    const Status written = WriteTensors(folder_ / "source", tensors_, config);
     ASSERT_TRUE(written.ok()) << written.message();
     checkpoint_ = std::make_unique<Checkpoint>(Must(Checkpoint::Open(folder_ / "source")));
     model_ = Must(Model::Open(*checkpoint_));
