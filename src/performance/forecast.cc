@@ -51,8 +51,8 @@ class Forecaster {
   Forecaster(const Model& model, const Calibration& calibration, const RunSettings& settings)
       : model_(model), settings_(settings) {
     element_ = Bytes(settings.compute.dtype);
-    products_ = ProductType(settings.compute.dtype);
-    product_ = Bytes(products_);
+    product_type_ = ProductType(settings.compute.dtype);
+    product_ = Bytes(product_type_);
     for (const PartLayers& part : model.parts()) {
       if (part.part == Part::kHead) continue;
       if (part.part == Part::kVision && calibration.captions.empty()) continue;
@@ -221,7 +221,7 @@ class Forecaster {
         double held = 2 * product_ * formats * layer.AllocatableWeights();
         for (const LinearShape& linear : layer.linears) {
           if (!linear.allocatable) continue;
-          AddHessian(linear, part.load.tokens * linear.share, needs);
+          needs.products += SymmetricProduct(linear.in, part.load.tokens * linear.share);
           AddFactor(linear, 2 * formats, needs);
           AddRounding(linear, 2 * formats, needs);
           held += 2 * kFloat * linear.in * linear.in;
@@ -232,14 +232,10 @@ class Forecaster {
     }
   }
 
-  static void AddHessian(const LinearShape& linear, double tokens, StageNeeds& needs) {
-    needs.products += SymmetricProduct(linear.in, tokens);
-  }
-
-  // `times` over; in float64 at half the rate.
+  // GPTQ's factor, `times` over; in float64 at half the rate.
   void AddFactor(const LinearShape& linear, double times, StageNeeds& needs) const {
     const double square = linear.in * linear.in;
-    const at::ScalarType type = FactorType(static_cast<int64_t>(linear.in), products_);
+    const at::ScalarType type = FactorType(static_cast<int64_t>(linear.in), product_type_);
     needs.factors += times * (type == at::kDouble ? 2 : 1) * square * linear.in / 3;
     needs.memory += times * kFloat * kHessianPasses * square;
   }
@@ -300,7 +296,7 @@ class Forecaster {
             continue;
           }
           if (!linear.is_sibling) {
-            AddHessian(linear, tokens, needs);
+            needs.products += SymmetricProduct(linear.in, tokens);
             AddFactor(linear, 1, needs);
           }
           needs.products += 2 * kJudgements * kJudgedShare * tokens * linear.weights();
@@ -403,7 +399,7 @@ class Forecaster {
   const Model& model_;
   const RunSettings& settings_;
   std::vector<PartShape> parts_;
-  at::ScalarType products_ = at::kFloat;
+  at::ScalarType product_type_ = at::kFloat;
   double element_ = 0, product_ = 0;  // bytes of a value in the compute dtype, and in products
   double vocabulary_ = 0, hidden_ = 0;
 };

@@ -21,6 +21,7 @@
 #include "io/checkpoint.h"
 #include "io/temporary_folder.h"
 #include "model/model.h"
+#include "model/tiny_qwen3.h"
 
 namespace prismaquant {
 
@@ -35,37 +36,24 @@ class TinyCheckpoint {
     torch::manual_seed(1);
     Add("model.embed_tokens.weight", {48, 64});
     Add("model.norm.weight", {64});
+    const auto add = [this](const std::string& name, const std::vector<int64_t>& shape) {
+      Add(name, shape);
+    };
     for (int layer = 0; layer < kLayers; ++layer) {
       const std::string prefix = "model.layers." + std::to_string(layer) + ".";
-      Add(prefix + "input_layernorm.weight", {64});
-      Add(prefix + "post_attention_layernorm.weight", {64});
-      Add(prefix + "self_attn.q_proj.weight", {64, 64});
-      Add(prefix + "self_attn.k_proj.weight", {32, 64});
-      Add(prefix + "self_attn.v_proj.weight", {32, 64});
-      Add(prefix + "self_attn.o_proj.weight", {64, 64});
-      Add(prefix + "self_attn.q_norm.weight", {32});
-      Add(prefix + "self_attn.k_norm.weight", {32});
+      AddTinyAttention(prefix, add);
       Add(prefix + "mlp.gate_proj.weight", {96, 64});
       Add(prefix + "mlp.up_proj.weight", {96, 64});
       Add(prefix + "mlp.down_proj.weight", {64, 96});
     }
-    const Json config = {{"architectures", {"Qwen3ForCausalLM"}},
-                         {"vocab_size", 48},
-                         {"hidden_size", 64},
-                         {"num_hidden_layers", kLayers},
-                         {"intermediate_size", 96},
-                         {"num_attention_heads", 2},
-                         {"num_key_value_heads", 1},
-                         {"head_dim", 32},
-                         {"tie_word_embeddings", true}};
+    const Json config = TinyQwen3Config({{"architectures", {"Qwen3ForCausalLM"}},
+                                         {"num_hidden_layers", kLayers},
+                                         {"intermediate_size", 96}});
     const Status written = WriteTensors(folder_ / "source", tensors_, config);
     EXPECT_TRUE(written.ok()) << written.message();
     checkpoint_ = std::make_unique<Checkpoint>(Checkpoint::Open(folder_ / "source").value());
     model_ = Model::Open(*checkpoint_).value();
-    for (int32_t n = 0; n < kSequences; ++n) {
-      std::vector<int32_t>& window = calibration_.text.windows.emplace_back();
-      for (int32_t t = 0; t < kTokens; ++t) window.push_back((n * 31 + t * t * 7 + n * t) % 48);
-    }
+    calibration_.text = TinyWindows(kSequences, kTokens);
   }
 
   const Model& model() const { return *model_; }

@@ -11,6 +11,7 @@
 
 #include "formats/write_tensors.h"
 #include "io/temporary_folder.h"
+#include "model/tiny_qwen3.h"
 #include "render/render.h"
 
 namespace prismaquant {
@@ -49,14 +50,9 @@ class RenderExpertsTest : public ::testing::Test {
     Add("model.embed_tokens.weight", {48, kHidden});
     Add("model.norm.weight", {kHidden});
     const std::string layer = "model.layers.0.";
-    for (const char* norm : {"input_layernorm", "post_attention_layernorm"})
-      Add(layer + norm + ".weight", {kHidden});
-    Add(layer + "self_attn.q_proj.weight", {64, kHidden});
-    Add(layer + "self_attn.k_proj.weight", {32, kHidden});
-    Add(layer + "self_attn.v_proj.weight", {32, kHidden});
-    Add(layer + "self_attn.o_proj.weight", {kHidden, 64});
-    Add(layer + "self_attn.q_norm.weight", {32});
-    Add(layer + "self_attn.k_norm.weight", {32});
+    AddTinyAttention(layer, [this](const std::string& name, const std::vector<int64_t>& shape) {
+      Add(name, shape);
+    });
     Add(layer + "mlp.gate.weight", {kExperts, kHidden});
     for (int64_t e = 0; e < kExperts; ++e) {
       const std::string expert = Expert(e);
@@ -69,10 +65,7 @@ class RenderExpertsTest : public ::testing::Test {
     router[1] = -router[0];
     router[3] = -router[2];
     router[4].mul_(0.03);
-    for (int32_t n = 0; n < kWindows; ++n) {
-      std::vector<int32_t>& window = windows_.windows.emplace_back();
-      for (int32_t t = 0; t < kTokens; ++t) window.push_back((n * 31 + t * t * 7 + n * t) % 48);
-    }
+    windows_ = TinyWindows(kWindows, kTokens);
     OpenModel();
   }
 
@@ -83,19 +76,13 @@ class RenderExpertsTest : public ::testing::Test {
   }
 
   void OpenModel() {
-    const Json config = {{"architectures", {"Qwen3MoeForCausalLM"}},
-                         {"vocab_size", 48},
-                         {"hidden_size", kHidden},
-                         {"num_hidden_layers", 1},
-                         {"intermediate_size", 64},
-                         {"moe_intermediate_size", 32},
-                         {"num_experts", kExperts},
-                         {"num_experts_per_tok", 2},
-                         {"norm_topk_prob", true},
-                         {"num_attention_heads", 2},
-                         {"num_key_value_heads", 1},
-                         {"head_dim", 32},
-                         {"tie_word_embeddings", true}};
+    const Json config = TinyQwen3Config({{"architectures", {"Qwen3MoeForCausalLM"}},
+                                         {"num_hidden_layers", 1},
+                                         {"intermediate_size", 64},
+                                         {"moe_intermediate_size", 32},
+                                         {"num_experts", kExperts},
+                                         {"num_experts_per_tok", 2},
+                                         {"norm_topk_prob", true}});
     const Status written = WriteTensors(folder_ / "source", tensors_, config);
     ASSERT_TRUE(written.ok()) << written.message();
     checkpoint_ = std::make_unique<Checkpoint>(Must(Checkpoint::Open(folder_ / "source")));

@@ -18,6 +18,7 @@
 #include "io/faulty_file_system.h"
 #include "io/temporary_folder.h"
 #include "model/plain_linears.h"
+#include "model/tiny_qwen3.h"
 #include "probe/passes.h"
 #include "probe/probe.h"
 
@@ -82,25 +83,18 @@ class RenderTest : public ::testing::Test {
     torch::manual_seed(1);
     Add("model.embed_tokens.weight", {48, 64});
     Add("model.norm.weight", {64});
+    const auto add = [this](const std::string& name, const std::vector<int64_t>& shape) {
+      Add(name, shape);
+    };
     for (int layer = 0; layer < kLayers; ++layer) {
       const std::string prefix = "model.layers." + std::to_string(layer) + ".";
-      Add(prefix + "input_layernorm.weight", {64});
-      Add(prefix + "post_attention_layernorm.weight", {64});
-      Add(prefix + "self_attn.q_proj.weight", {64, 64});
-      Add(prefix + "self_attn.k_proj.weight", {32, 64});
-      Add(prefix + "self_attn.v_proj.weight", {32, 64});
-      Add(prefix + "self_attn.o_proj.weight", {64, 64});
-      Add(prefix + "self_attn.q_norm.weight", {32});
-      Add(prefix + "self_attn.k_norm.weight", {32});
+      AddTinyAttention(prefix, add);
       Add(prefix + "mlp.gate_proj.weight", {160, 64});
       Add(prefix + "mlp.up_proj.weight", {160, 64});
       Add(prefix + "mlp.down_proj.weight", {64, 160});
     }
     OpenModel();
-    for (int32_t n = 0; n < 16; ++n) {
-      std::vector<int32_t>& window = windows_.windows.emplace_back();
-      for (int32_t t = 0; t < kTokens; ++t) window.push_back((n * 31 + t * t * 7 + n * t) % 48);
-    }
+    windows_ = TinyWindows(16, kTokens);
   }
 
   void Add(const std::string& name, const std::vector<int64_t>& shape) {
@@ -108,15 +102,9 @@ class RenderTest : public ::testing::Test {
   }
 
   void OpenModel() {
-    const Json config = {{"architectures", {"Qwen3ForCausalLM"}},
-                         {"vocab_size", 48},
-                         {"hidden_size", 64},
-                         {"num_hidden_layers", kLayers},
-                         {"intermediate_size", 160},
-                         {"num_attention_heads", 2},
-                         {"num_key_value_heads", 1},
-                         {"head_dim", 32},
-                         {"tie_word_embeddings", true}};
+    const Json config = TinyQwen3Config({{"architectures", {"Qwen3ForCausalLM"}},
+                                         {"num_hidden_layers", kLayers},
+                                         {"intermediate_size", 160}});
     const Status written = WriteTensors(folder_ / "source", tensors_, config);
     ASSERT_TRUE(written.ok()) << written.message();
     checkpoint_ = std::make_unique<Checkpoint>(Must(Checkpoint::Open(folder_ / "source")));
