@@ -6,19 +6,12 @@
 namespace prismaquant::rows {
 namespace {
 
-// What compressed-tensors puts in place of a group scale that rounds to zero.
-constexpr float kNvfp4ZeroScale = 0.125F;
-
 // The group scale as stored, an E4M3 value.
 PQ_INLINE float Nvfp4GroupScale(const float* group, float global_scale) {
   const float scale =
       RoundToE4M3(global_scale * (LargestMagnitude(group, kNvfp4GroupSize) / kE2M1Max));
   return scale == 0.0F ? kNvfp4ZeroScale : scale;
 }
-
-// Adding zero turns -0 into +0, as compressed-tensors' E2M1 rounding and the zero point of its
-// activation quantizers do. A negative number that rounds to zero keeps its sign.
-PQ_INLINE float WithoutNegativeZero(float x) { return x + 0.0F; }
 
 template <int kBits>
 PQ_INLINE void EncodeIntGroup(const float* w, float scale, uint8_t* codes) {

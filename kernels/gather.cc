@@ -7,7 +7,8 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/minifloat.h"
+#include "kernels/multiversion.h"
+#include "kernels/operator.h"
 
 namespace prismaquant::ops {
 namespace {
@@ -95,10 +96,9 @@ TORCH_LIBRARY_IMPL(prismaquant, CPU, m) { m.impl("gather", &GatherCpu); }
 }  // namespace
 
 at::Tensor Gather(const at::Tensor& matrix, const at::Tensor& columns, const at::Tensor& rows) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("prismaquant::gather", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&,
-                                               const std::optional<at::Tensor>&)>();
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>(
+          "prismaquant::gather");
   return op.call(matrix, columns, rows.defined() ? std::optional(rows) : std::nullopt);
 }
 

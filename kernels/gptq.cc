@@ -8,6 +8,7 @@
 #include "kernels/gptq_rows.h"
 #include "kernels/integer_codes.h"
 #include "kernels/minifloat.h"
+#include "kernels/operator.h"
 
 namespace prismaquant::ops {
 namespace {
@@ -134,10 +135,8 @@ int64_t GptqGroupSize(GptqGrid grid) {
 void GptqBlock(GptqGrid grid, at::Tensor& weight, const at::Tensor& u, at::Tensor& scale,
                at::Tensor& codes, at::Tensor& error, double global_scale, bool choose_scales) {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("prismaquant::gptq_block", "")
-          .typed<void(int64_t, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                      const at::Tensor&, const at::Tensor&, double, bool)>();
+      Operator<void(int64_t, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                    const at::Tensor&, const at::Tensor&, double, bool)>("prismaquant::gptq_block");
   op.call(static_cast<int64_t>(grid), weight, u, scale, codes, error, global_scale, choose_scales);
 }
 

@@ -25,11 +25,6 @@ constexpr int kRowsSearched = 4;
 // Columns among which an error is spread at once; over those behind, tile by tile. Divides every
 // group size.
 constexpr int64_t kTile = 16;
-// The codec's scale for a group whose own rounds to zero.
-constexpr float kNvfp4ZeroScale = 0.125F;
-
-// As the codec, which gives a quotient of -0 the code 0.
-PQ_INLINE float WithoutNegativeZero(float x) { return x + 0.0F; }
 
 // What a column's code can mean.
 struct E2M1 {

@@ -7,7 +7,8 @@
 #include <algorithm>
 #include <bit>
 
-#include "kernels/minifloat.h"
+#include "kernels/multiversion.h"
+#include "kernels/operator.h"
 
 namespace prismaquant::ops {
 namespace {
@@ -70,9 +71,7 @@ TORCH_LIBRARY_IMPL(prismaquant, CPU, m) { m.impl("largest_magnitude", &LargestMa
 }  // namespace
 
 double LargestMagnitude(const at::Tensor& tensor) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("prismaquant::largest_magnitude", "")
-                             .typed<double(const at::Tensor&)>();
+  static const auto op = Operator<double(const at::Tensor&)>("prismaquant::largest_magnitude");
   return op.call(tensor);
 }
 

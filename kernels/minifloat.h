@@ -11,25 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Compiles a function once per instruction set; the loader picks the widest that the processor has.
-// GCC knows the levels of x86-64 in target_clones from release 12 on.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define PQ_MULTIVERSION \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PQ_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define PQ_MULTIVERSION
-#endif
-// Helpers of such a function must be inlined into it to be compiled for its instruction set.
-#define PQ_INLINE inline __attribute__((always_inline))
-// A loop of constant length that is to become one instruction or a few for each of its operations.
-// GCC would unroll it first and make less of what it then finds.
-#if defined(__GNUC__) && !defined(__clang__)
-#define PQ_LANES _Pragma("GCC unroll 1") for
-#else
-#define PQ_LANES for
-#endif
+#include "kernels/multiversion.h"
 
 static_assert(std::endian::native == std::endian::little);
 
@@ -37,6 +19,8 @@ namespace prismaquant {
 
 inline constexpr int64_t kNvfp4GroupSize = 16;
 inline constexpr int64_t kMxGroupSize = 32;
+// What compressed-tensors puts in place of a group scale that rounds to zero.
+inline constexpr float kNvfp4ZeroScale = 0.125F;
 inline constexpr float kE2M1Max = 6.0F;
 inline constexpr float kE4M3Max = 448.0F;
 inline constexpr int kE4M3LargestCode = 0x7E;                   // of 448
@@ -47,6 +31,10 @@ inline constexpr int32_t kQuietNanBits = 0x7fc00000;
 // By value, unlike std::min and std::max, whose references keep GCC from vectorising.
 PQ_INLINE int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
 PQ_INLINE int32_t Greatest(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// Adding zero turns -0 into +0, as compressed-tensors' E2M1 rounding and the zero point of its
+// activation quantizers do. A negative number that rounds to zero keeps its sign.
+PQ_INLINE float WithoutNegativeZero(float x) { return x + 0.0F; }
 
 // Magnitude a rounded to kMantissaBits, the exponents below kSmallestExponent (biased by 127)
 // sharing one spacing. Adding and subtracting 1.5 * 2^23 spacings rounds to a multiple of the

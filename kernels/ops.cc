@@ -1,7 +1,9 @@
 #include "kernels/ops.h"
 
+#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -9,6 +11,7 @@
 #include "kernels/codec_rows.h"
 #include "kernels/integer_codes.h"
 #include "kernels/minifloat.h"
+#include "kernels/operator.h"
 
 namespace prismaquant::ops {
 namespace {
@@ -46,6 +49,11 @@ void CheckGroups(int64_t in, int64_t group_size) {
   TORCH_CHECK(in % group_size == 0, in, " columns are no multiple of the group size ", group_size);
 }
 
+void CheckScale(const at::Tensor& scale, int64_t out, int64_t groups) {
+  TORCH_CHECK(scale.sizes() == at::IntArrayRef({out, groups}), "scale has shape ", scale.sizes(),
+              ", expected [", out, ", ", groups, "]");
+}
+
 std::tuple<at::Tensor, at::Tensor> Nvfp4EncodeCpu(const at::Tensor& weight, double global_scale) {
   const at::Tensor w = Float32Rows(weight);
   const int64_t out = w.size(0), in = w.size(1);
@@ -65,7 +73,7 @@ at::Tensor Nvfp4DecodeCpu(const at::Tensor& packed, const at::Tensor& scale, dou
   const at::Tensor p = ByteRows(packed), s = ByteRows(scale);
   const int64_t out = p.size(0), in = 2 * p.size(1);
   CheckGroups(in, kNvfp4GroupSize);
-  TORCH_CHECK(s.size(0) == out && s.size(1) == in / kNvfp4GroupSize, "scale has shape ", s.sizes());
+  CheckScale(s, out, in / kNvfp4GroupSize);
   at::Tensor w = at::empty({out, in}, at::kFloat);
   const auto global = static_cast<float>(global_scale);
   ForRows(out, in, [&](int64_t r) {
@@ -105,7 +113,7 @@ at::Tensor Mxfp8DecodeCpu(const at::Tensor& codes, const at::Tensor& scale) {
   const at::Tensor c = ByteRows(codes), s = ByteRows(scale);
   const int64_t out = c.size(0), in = c.size(1);
   CheckGroups(in, kMxGroupSize);
-  TORCH_CHECK(s.size(0) == out && s.size(1) == in / kMxGroupSize, "scale has shape ", s.sizes());
+  CheckScale(s, out, in / kMxGroupSize);
   at::Tensor w = at::empty({out, in}, at::kFloat);
   ForRows(out, in, [&](int64_t r) {
     rows::Mxfp8Decode(Bytes(c) + r * in, Bytes(s) + r * (in / kMxGroupSize), in,
@@ -142,7 +150,7 @@ at::Tensor Mxfp4DecodeCpu(const at::Tensor& packed, const at::Tensor& scale) {
   const at::Tensor p = ByteRows(packed), s = ByteRows(scale);
   const int64_t out = p.size(0), in = 2 * p.size(1);
   CheckGroups(in, kMxGroupSize);
-  TORCH_CHECK(s.size(0) == out && s.size(1) == in / kMxGroupSize, "scale has shape ", s.sizes());
+  CheckScale(s, out, in / kMxGroupSize);
   at::Tensor w = at::empty({out, in}, at::kFloat);
   ForRows(out, in, [&](int64_t r) {
     rows::Mxfp4Decode(Bytes(p) + r * in / 2, Bytes(s) + r * (in / kMxGroupSize), in,
@@ -196,7 +204,7 @@ at::Tensor IntDecodeCpu(const at::Tensor& packed, const at::Tensor& scale, int64
   const at::Tensor p = packed.contiguous(), s = scale.to(at::kFloat).contiguous();
   const int64_t out = p.size(0), in = p.size(1) * 32 / bits, groups = in / kIntGroupSize;
   CheckGroups(in, kIntGroupSize);
-  TORCH_CHECK(s.sizes() == at::IntArrayRef({out, groups}), "scale has shape ", s.sizes());
+  CheckScale(s, out, groups);
   at::Tensor w = at::empty({out, in}, at::kFloat);
   const auto decode = bits == 4 ? rows::Int4Decode : rows::Int8Decode;
   ForRows(out, in, [&](int64_t r) {
@@ -229,7 +237,7 @@ std::tuple<at::Tensor, at::Tensor> Fp8EncodeCpu(const at::Tensor& weight,
 at::Tensor Fp8DecodeCpu(const at::Tensor& codes, const at::Tensor& scale) {
   const at::Tensor c = ByteRows(codes), s = scale.to(at::kFloat).contiguous();
   const int64_t out = c.size(0), in = c.size(1);
-  TORCH_CHECK(s.numel() == out, "scale has shape ", s.sizes());
+  TORCH_CHECK(s.numel() == out, "scale has shape ", s.sizes(), ", expected [", out, ", 1]");
   at::Tensor w = at::empty({out, in}, at::kFloat);
   ForRows(out, in, [&](int64_t r) {
     rows::Fp8Decode(Bytes(c) + r * in, in, s.const_data_ptr<float>()[r],
@@ -280,11 +288,6 @@ TORCH_LIBRARY_IMPL(prismaquant, CPU, m) {
   m.impl("fp8_encode", &Fp8EncodeCpu);
   m.impl("fp8_decode", &Fp8DecodeCpu);
   m.impl("fp8_quantize_activation", &Fp8QuantizeActivationCpu);
-}
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> Operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
 #ifndef PRISMAQUANT_KERNELS_OPS_H_
 #define PRISMAQUANT_KERNELS_OPS_H_
 
-// The operators torch.ops.prismaquant.*: numeric kernels behind the formats and GPTQ, with one
-// schema each, so that a CUDA kernel can stand beside the CPU one. The functions below call them
-// through the dispatcher. All weights and activations are float32 and contiguous along the last
-// dimension; amax and scales are documented per function. Thread-safe; parallel over rows with
-// at::parallel_for; results do not depend on the number of threads.
+// The operators torch.ops.prismaquant.*: numeric kernels behind the formats, with one schema each,
+// so that a CUDA kernel can stand beside the CPU one. The functions below call them through the
+// dispatcher. All weights and activations are float32 and contiguous along the last dimension; amax
+// and scales are documented per function. Thread-safe; parallel over rows with at::parallel_for;
+// results do not depend on the number of threads. Tensors of another kind throw c10::Error.
 
 #include <ATen/core/Tensor.h>
 

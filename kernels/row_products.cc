@@ -8,7 +8,8 @@
 #include <bit>
 #include <vector>
 
-#include "kernels/minifloat.h"
+#include "kernels/multiversion.h"
+#include "kernels/operator.h"
 
 namespace prismaquant::ops {
 namespace {
@@ -92,9 +93,8 @@ TORCH_LIBRARY_IMPL(prismaquant, CPU, m) { m.impl("row_products", &RowProductsCpu
 }  // namespace
 
 at::Tensor RowProducts(const at::Tensor& a, at::TensorList b) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("prismaquant::row_products", "")
-                             .typed<at::Tensor(const at::Tensor&, at::TensorList)>();
+  static const auto op =
+      Operator<at::Tensor(const at::Tensor&, at::TensorList)>("prismaquant::row_products");
   return op.call(a, b);
 }
 

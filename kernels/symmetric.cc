@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "kernels/operator.h"
+
 namespace prismaquant::ops {
 namespace {
 
@@ -71,16 +73,12 @@ TORCH_LIBRARY_IMPL(prismaquant, CPU, m) {
 }  // namespace
 
 void MirrorUpper(const at::Tensor& matrix) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("prismaquant::mirror_upper", "")
-                             .typed<void(const at::Tensor&)>();
+  static const auto op = Operator<void(const at::Tensor&)>("prismaquant::mirror_upper");
   op.call(matrix);
 }
 
 bool CholeskyInPlace(const at::Tensor& matrix) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("prismaquant::cholesky_", "")
-                             .typed<bool(const at::Tensor&)>();
+  static const auto op = Operator<bool(const at::Tensor&)>("prismaquant::cholesky_");
   return op.call(matrix);
 }
 

@@ -1,7 +1,8 @@
 #ifndef PRISMAQUANT_FORMATS_EXTREMES_H_
 #define PRISMAQUANT_FORMATS_EXTREMES_H_
 
-// What the largest magnitude of a tensor tells, in one pass and without a temporary of its size.
+// What the largest magnitude of a tensor tells, in one pass and, but for float64, without a
+// temporary of its size.
 
 #include <ATen/core/Tensor.h>
 

@@ -4,7 +4,7 @@
 #include <torch/torch.h>
 
 #include <array>
-#include <set>
+#include <optional>
 
 #include "formats/extremes.h"
 #include "formats/families.h"

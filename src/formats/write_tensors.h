@@ -24,7 +24,7 @@ inline Status WriteTensors(const std::filesystem::path& folder,
   std::vector<CheckpointWriter::Tensor> plan;
   for (const auto& [name, tensor] : tensors) {
     plan.push_back({{name, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
-                    [tensor = tensor](const CheckpointWriter::Sink& sink) {
+                    [tensor = tensor.contiguous()](const CheckpointWriter::Sink& sink) {
                       return sink(TensorBytes(tensor));
                     }});
   }

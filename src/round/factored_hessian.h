@@ -33,7 +33,8 @@ class DampedMatrix {
  private:
   bool IsUsable() const { return mean_ > 0; }
 
-  double mean_, unit_;  // of the diagonal; 0 if an element is not finite
+  double mean_;  // of the diagonal; 0 if an element is not finite
+  double unit_;
   at::Tensor matrix_, diagonal_;
   bool overwritten_ = false;  // above the diagonal, by a factor
 };

@@ -18,6 +18,7 @@ namespace {
 // Of the Hessian that a correction is solved with.
 constexpr double kCorrectionDamping = 1;
 constexpr double kLargestCorrection = 0.5;
+
 double Ratio(double error, double reference) { return reference > 0 ? error / reference : 1; }
 
 // What the loop writes for a format, and how it becomes the format's tensors.
@@ -41,9 +42,11 @@ ops::GptqGrid GridOf(const Format& format) {
       return ops::GptqGrid::kInt4Group128;
     case Grid::kInt8Group128:
       return ops::GptqGrid::kInt8Group128;
-    default:
-      return ops::GptqGrid::kE4M3Row;
+    case Grid::kE4M3Row:
+    case Grid::kNone:
+      break;
   }
+  return ops::GptqGrid::kE4M3Row;
 }
 
 // Back to the weight's own order of columns.
@@ -68,8 +71,11 @@ GridState MakeGrid(const Format& format, const StoredTensors& rtn, int64_t out, 
     case Grid::kInt8Group128:
       state.scale = at::empty_like(rtn.at("weight_scale"));
       break;
-    default:
+    case Grid::kE4M3Row:
       state.scale = rtn.at("weight_scale").to(at::kFloat).contiguous();
+      break;
+    case Grid::kNone:
+      break;
   }
   return state;
 }
@@ -101,8 +107,11 @@ StoredTensors ToStored(const Format& format, const GridState& state, StoredTenso
     case Grid::kE4M3Group32:
       stored["weight_scale"] = state.scale;
       [[fallthrough]];
-    default:
+    case Grid::kE4M3Row:
       stored["weight"] = state.codes.view(at::kFloat8_e4m3fn);
+      break;
+    case Grid::kNone:
+      break;
   }
   return stored;
 }

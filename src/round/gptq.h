@@ -22,8 +22,8 @@ struct GptqOptions {
   double damping = 0.3;       // added to the diagonal, relative to its mean; not negative
   bool choose_scales = true;  // search each group's scale when the group is reached
   bool sweep = false;         // NVFP4: SweepScales afterwards
-  // What the columns that are done move the others by is multiplied in this type, float32 or
-  // bfloat16: FactoredHessian's.
+  // float32 or bfloat16: the dtype of the products by which rounded columns move those still to be
+  // rounded. FactoredHessian is made for the same.
   at::ScalarType products = at::kFloat;
 };
 

@@ -30,7 +30,7 @@ at::ScalarType ProductType(at::ScalarType compute);
 // Of a product that is symmetric, blocks of so many rows are computed from the diagonal on.
 inline constexpr int64_t kUpperProductRows = 1024;
 // Adds x^T x to `sum`, float32 [n, n], on and above the diagonal and to some of what is below; see
-// ops::MirrorUpper. x [.., n] float32 or bfloat16, of which the product is rounded to bfloat16.
+// ops::MirrorUpper. x [tokens, n] float32 or bfloat16, of which the product is rounded to bfloat16.
 void AddUpperProduct(const at::Tensor& x, at::Tensor& sum);
 
 // Of a rounded weight W + D, summed over the tokens.

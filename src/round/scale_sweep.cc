@@ -32,7 +32,7 @@ Group RoundUnder(uint8_t scale, float global, const float* w, const float* impor
   const float step = DecodeE4M3(scale) / global;
   float values[kNvfp4GroupSize];
   for (int64_t j = 0; j < kNvfp4GroupSize; ++j) {
-    const float value = RoundToE2M1(w[j] / step);
+    const float value = RoundToE2M1(WithoutNegativeZero(w[j] / step));
     group.codes[j] = EncodeE2M1(value);
     values[j] = value * step;
   }
@@ -74,10 +74,7 @@ void SweepScales(const at::Tensor& weight, const at::Tensor& importance, const F
       const Group best = Sweep(w, c + column, global, SquaredError(before, w, c + column));
       if (best.scale == 0) continue;
       scales.mutable_data_ptr<uint8_t>()[n] = best.scale;
-      uint8_t* pairs = packed.mutable_data_ptr<uint8_t>() + n * kNvfp4GroupSize / 2;
-      for (int64_t j = 0; j < kNvfp4GroupSize; j += 2) {
-        pairs[j / 2] = static_cast<uint8_t>(best.codes[j] | best.codes[j + 1] << 4);
-      }
+      PackNibbles(best.codes, packed.mutable_data_ptr<uint8_t>() + n * kNvfp4GroupSize / 2);
     }
   });
   stored["weight_packed"] = packed;
