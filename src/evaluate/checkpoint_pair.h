@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "formats/format.h"
-#include "formats/tensor_bytes.h"
+#include "formats/write_tensors.h"
 #include "io/checkpoint.h"
 #include "io/temporary_folder.h"
 #include "model/model.h"
@@ -80,15 +80,7 @@ class CheckpointPair {
 
   // A checkpoint with these tensors, in a folder `name`.
   Opened Open(const std::string& name, const Tensors& tensors, const Json& config = Config()) {
-    std::vector<CheckpointWriter::Tensor> plan;
-    for (const auto& [tensor_name, tensor] : tensors) {
-      plan.push_back({{tensor_name, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
-                      [tensor = tensor.contiguous()](const CheckpointWriter::Sink& sink) {
-                        return sink(TensorBytes(tensor));
-                      }});
-    }
-    const Status written = CheckpointWriter::Write(FileSystem::Default(), folder_ / name, {}, plan,
-                                                   {{"config.json", config.dump()}});
+    const Status written = WriteTensors(folder_ / name, tensors, config);
     EXPECT_TRUE(written.ok()) << written.message();
     Opened opened;
     opened.checkpoint = std::make_unique<Checkpoint>(*Checkpoint::Open(folder_ / name));

@@ -23,10 +23,10 @@ Status RequireComparable(const Model& source, const Model& quantized) {
   };
   const ModelConfig& a = source.config();
   const ModelConfig& b = quantized.config();
-  if (a.model_type != b.model_type) {
+  if (a.family != b.family) {
     return Status::InvalidInput(
         fmt::format("{}: the model is of the family {}, expected {} as in {}",
-                    quantized.checkpoint().folder().string(), b.model_type, a.model_type,
+                    quantized.checkpoint().folder().string(), b.family, a.family,
                     source.checkpoint().folder().string()));
   }
   if (a.vocab_size != b.vocab_size) return refuse("vocab_size", a.vocab_size, b.vocab_size);

@@ -7,10 +7,9 @@
 // newer) at its defaults:
 //
 //   full attention     2 x KV heads x head_dim values of 2 bytes per token, for `context` tokens
-//   sliding attention  the same per token, for min(window - 1, context) tokens of every sequence
-//   and
-//                      the tokens in flight, which share one allowance, and never for more than
-//                      full attention
+//   sliding attention  the same per token, for min(window - 1, context) tokens of every sequence,
+//                      and the tokens in flight, which share one allowance, and never for more
+//                      than full attention
 //   Gated DeltaNet     2 + `drafts` states per sequence (the running one, that of the last block
 //                      for prefix caching, one per drafted token), each
 //                        convolution  (kernel - 1 + drafts) x (2 key width + value width) x 2 bytes

@@ -45,6 +45,21 @@ Status RequireShape(const Checkpoint& checkpoint, const std::string& name,
   return {};
 }
 
+Status RequireWeight(const Checkpoint& checkpoint, const std::string& linear,
+                     const std::vector<int64_t>& shape) {
+  const bool quantized = checkpoint.Find(linear + ".weight_packed") != nullptr ||
+                         checkpoint.Find(linear + ".weight_scale") != nullptr;
+  return quantized ? Status() : RequireShape(checkpoint, linear + ".weight", shape);
+}
+
+DType SourceType(const Checkpoint& checkpoint, const std::string& weight,
+                 const std::string& other) {
+  const TensorView* own = checkpoint.Find(weight);
+  const bool plain = own != nullptr && own->dtype != DType::kF8E4M3;
+  const TensorView* source = plain ? own : checkpoint.Find(other);
+  return source != nullptr ? source->dtype : DType::kBF16;
+}
+
 Result<at::Tensor> Map(const Checkpoint& checkpoint, const std::string& name) {
   PQ_ASSIGN_OR_RETURN(const TensorView view, checkpoint.Get(name));
   const at::Tensor tensor = TensorFromView(view);

@@ -296,7 +296,7 @@ Result<ModelConfig> ModelConfig::Parse(const Json& json, const std::string& orig
   PQ_ASSIGN_OR_RETURN(config.architecture, Architecture(json, origin));
   const Profile& profile = *FindProfile(config.architecture);
   const FamilyKeys& keys = KeysOf(profile.family);
-  config.model_type = std::string(profile.family);
+  config.family = std::string(profile.family);
   config.body_prefix = std::string(profile.body_prefixes.front());
   ConfigReader whole(json, origin);
   const bool nested = whole.Has("text_config");

@@ -32,7 +32,7 @@ struct MixtureConfig {
 
 struct ModelConfig {
   std::string architecture;  // config.json "architectures"[0]
-  std::string model_type;    // the profile's family: "llama", "qwen3", "qwen3_5"
+  std::string family;        // the profile's: "llama", "qwen3", "qwen3_5"
   std::string body_prefix;   // of the body's tensors; Parse sets the first of the profile's
   int64_t vocab_size = 0, hidden_size = 0, num_layers = 0, intermediate_size = 0;
   int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;

@@ -67,7 +67,7 @@ std::string Error(const Json& json) {
 
 TEST(ModelConfig, FillsInWhatLlamaConfigurationsLeaveOut) {
   const ModelConfig config = Parsed(Llama());
-  EXPECT_EQ(config.model_type, "llama");
+  EXPECT_EQ(config.family, "llama");
   EXPECT_EQ(config.body_prefix, "model.");
   EXPECT_EQ(config.num_kv_heads, 4);
   EXPECT_EQ(config.head_dim, 16);
@@ -126,7 +126,7 @@ TEST(ModelConfig, Llama3ScalingNeedsItsFactors) {
 
 TEST(ModelConfig, ReadsTheNestedTextBody) {
   const ModelConfig config = Parsed(Hybrid());
-  EXPECT_EQ(config.model_type, "qwen3_5");
+  EXPECT_EQ(config.family, "qwen3_5");
   EXPECT_EQ(config.body_prefix, "model.language_model.");
   EXPECT_EQ(config.rotary_dim, 8);  // a quarter of the head unless told otherwise
   EXPECT_EQ(config.linear_value_heads, 6);
@@ -235,7 +235,7 @@ TEST(ModelConfig, GemmaFillsInWhatItsConfigurationLeavesOut) {
   const Json json = {{"architectures", {"Gemma3ForConditionalGeneration"}},
                      {"text_config", {{"num_hidden_layers", 7}, {"sliding_window", 1024}}}};
   const ModelConfig config = Parsed(json);
-  EXPECT_EQ(config.model_type, "gemma3");
+  EXPECT_EQ(config.family, "gemma3");
   EXPECT_EQ(config.body_prefix, "model.language_model.");
   EXPECT_EQ(config.vocab_size, 262208);
   EXPECT_EQ(config.hidden_size, 2304);

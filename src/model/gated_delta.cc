@@ -8,18 +8,16 @@
 namespace prismaquant {
 namespace {
 
-constexpr int64_t kChunk = 64;
-
-// [sequences, heads, tokens, ..] -> [sequences, heads, chunks, kChunk, ..], zero-padded: a padded
-// token has k = v = 0, beta = 0 and g = 0, and so leaves the state as it is.
+// [sequences, heads, tokens, ..] -> [sequences, heads, chunks, kDeltaChunk, ..], zero-padded: a
+// padded token has k = v = 0, beta = 0 and g = 0, and so leaves the state as it is.
 at::Tensor Chunked(const at::Tensor& x, int64_t padding) {
   std::vector<int64_t> pad;
   for (int64_t d = 3; d < x.dim(); ++d) pad.insert(pad.end(), {0, 0});
   pad.insert(pad.end(), {0, padding});
   const at::Tensor padded = padding == 0 ? x : at::constant_pad_nd(x, pad);
   std::vector<int64_t> shape = padded.sizes().vec();
-  shape[2] /= kChunk;
-  shape.insert(shape.begin() + 3, kChunk);
+  shape[2] /= kDeltaChunk;
+  shape.insert(shape.begin() + 3, kDeltaChunk);
   return padded.reshape(shape);
 }
 
@@ -37,14 +35,15 @@ at::Tensor L2Norm(const at::Tensor& x) {
 at::Tensor ChunkedGatedDelta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& g, const at::Tensor& beta) {
   const int64_t tokens = q.size(2);
-  const int64_t padding = (kChunk - tokens % kChunk) % kChunk;
+  const int64_t padding = (kDeltaChunk - tokens % kDeltaChunk) % kDeltaChunk;
   const at::Tensor keys = Chunked(k, padding);
   const at::Tensor scaled_keys = Chunked(k * beta.unsqueeze(-1), padding);
   const at::Tensor scaled_values = Chunked(v * beta.unsqueeze(-1), padding);
   const at::Tensor decay = Chunked(g, padding).cumsum(-1);
   const at::Tensor grown = decay.exp().unsqueeze(-1);
 
-  const at::Tensor above = at::ones({kChunk, kChunk}, q.options().dtype(at::kBool)).triu(1);
+  const at::Tensor above =
+      at::ones({kDeltaChunk, kDeltaChunk}, q.options().dtype(at::kBool)).triu(1);
   const at::Tensor pairwise = (decay.unsqueeze(-1) - decay.unsqueeze(-2))
                                   .masked_fill(above, -std::numeric_limits<double>::infinity())
                                   .exp();
@@ -56,7 +55,7 @@ at::Tensor ChunkedGatedDelta(const at::Tensor& q, const at::Tensor& k, const at:
   const at::Tensor readers = SolveUnitLower(system, scaled_keys * grown);
 
   const at::Tensor grown_queries = queries * grown;
-  const at::Tensor last = decay.select(-1, kChunk - 1);
+  const at::Tensor last = decay.select(-1, kDeltaChunk - 1);
   const at::Tensor fading_keys_t =
       (keys * (last.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2);
   const at::Tensor chunk_decay = last.exp().unsqueeze(-1).unsqueeze(-1);

@@ -8,11 +8,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+
 namespace prismaquant {
 
+// Tokens that are solved together, as a triangular system (docs/models.md).
+inline constexpr int64_t kDeltaChunk = 64;
+
 // q, k [sequences, heads, tokens, key_dim], v [.., value_dim], g (log decay, <= 0) and beta
-// [sequences, heads, tokens], all in the wide type -> o like v. Chunks of 64 tokens are solved as
-// triangular systems (docs/models.md).
+// [sequences, heads, tokens], all in the wide type -> o like v.
 at::Tensor ChunkedGatedDelta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& g, const at::Tensor& beta);
 

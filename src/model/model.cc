@@ -18,7 +18,8 @@ std::unique_ptr<TransformerModel> MakeFamily(std::string_view family) {
   if (family == "mistral") return MakeMistral();
   if (family == "qwen2") return MakeQwen2();
   if (family == "qwen3" || family == "qwen3_moe") return MakeQwen3();
-  return MakeQwen35();
+  if (family == "qwen3_5") return MakeQwen35();
+  return nullptr;
 }
 
 // The prefix under which the checkpoint holds the body; the newest spelling if it is under none.
@@ -62,6 +63,10 @@ Result<std::unique_ptr<Model>> Model::Open(const Checkpoint& checkpoint) {
   const Profile* profile = FindProfile(config.architecture);
   config.body_prefix = BodyPrefix(checkpoint, *profile);
   std::unique_ptr<TransformerModel> model = MakeFamily(profile->family);
+  if (model == nullptr) {
+    return Status::InvalidInput(fmt::format("{}: the family {} has a profile and no model",
+                                            checkpoint.folder().string(), profile->family));
+  }
   PQ_RETURN_IF_ERROR(model->Initialize(checkpoint, std::move(config), *profile));
   return std::unique_ptr<Model>(std::move(model));
 }

@@ -70,7 +70,8 @@ struct LinearInfo {
 
 // What a layer needs to know of the positions of a batch of sequences.
 struct SequenceContext {
-  at::Tensor cos, sin;  // [tokens, rotary_dim], in the compute dtype
+  // [tokens, rotary_dim], in the compute dtype; of the vision tower float32 or float64.
+  at::Tensor cos, sin;
   // Of sliding layers with angles of their own, else undefined.
   at::Tensor local_cos, local_sin;
 };
@@ -86,7 +87,7 @@ class DecoderLayer {
  public:
   virtual ~DecoderLayer() = default;
   int num_stages() const { return static_cast<int>(stages_.size()); }
-  // Linears of a stage, in the order in which StageOutput takes their outputs.
+  // Linears of a stage, in the order in which StageOutputs takes their outputs.
   const std::vector<LinearInfo>& stage(int s) const { return stages_[s]; }
 
   // Stages run in order: StageInputs(0), StageOutputs(0), StageInputs(1), ...

@@ -1,9 +1,9 @@
 #ifndef PRISMAQUANT_MODEL_PLAIN_LINEARS_H_
 #define PRISMAQUANT_MODEL_PLAIN_LINEARS_H_
 
-// PlainLinears: multiplies the Linears of one layer with their weights as the source stores them,
-// converted to the compute dtype. Owns the converted weights; dropping it frees them. Apply is
-// const in effect, so one object may serve several threads.
+// For tests and their tools. PlainLinears: multiplies the Linears of one layer with their weights
+// as the source stores them, converted to the compute dtype. Owns the converted weights; dropping
+// it frees them. Apply is const in effect, so one object may serve several threads.
 
 #include <ATen/core/Tensor.h>
 

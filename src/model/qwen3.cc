@@ -3,7 +3,7 @@
 namespace prismaquant {
 namespace {
 
-// Qwen3 dense: Llama with an RMSNorm on each query and key head.
+// Qwen3, dense and with experts: Llama with an RMSNorm on each query and key head.
 class Qwen3 : public TransformerModel {
  protected:
   AttentionVariant attention(int layer) const override {

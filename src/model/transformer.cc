@@ -28,11 +28,6 @@ NormNames NamesOfNorms(bool post_norms) {
           "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"};
 }
 
-bool IsQuantized(const Checkpoint& checkpoint, const std::string& linear) {
-  return checkpoint.Find(linear + ".weight_packed") != nullptr ||
-         checkpoint.Find(linear + ".weight_scale") != nullptr;
-}
-
 }  // namespace
 
 LayerKind TransformerModel::KindOf(int layer) const {
@@ -92,11 +87,8 @@ std::vector<std::vector<LinearShape>> TransformerModel::MlpLinears() const {
 }
 
 DType TransformerModel::StoredType(const std::string& tensor) const {
-  const TensorView* view = checkpoint_->Find(tensor);
-  const bool plain = view != nullptr && view->dtype != DType::kF8E4M3;
-  const TensorView* source =
-      plain ? view : checkpoint_->Find(config_.body_prefix + "embed_tokens.weight");
-  return source != nullptr ? source->dtype : DType::kBF16;
+  return checkpoint_tensors::SourceType(*checkpoint_, tensor,
+                                        config_.body_prefix + "embed_tokens.weight");
 }
 
 LinearInfo TransformerModel::Describe(int layer, int stage, const LinearShape& shape) const {
@@ -257,10 +249,7 @@ Status TransformerModel::CheckLinear(const LinearInfo& linear) const {
         *checkpoint_, linear.packed.tensor,
         {experts, halves ? 2 * linear.out : linear.out, linear.in});
   }
-  return IsQuantized(*checkpoint_, linear.name)
-             ? Status()
-             : checkpoint_tensors::RequireShape(*checkpoint_, linear.name + ".weight",
-                                                {linear.out, linear.in});
+  return checkpoint_tensors::RequireWeight(*checkpoint_, linear.name, {linear.out, linear.in});
 }
 
 Status TransformerModel::CheckDecoderLayer(int layer) {

@@ -19,13 +19,13 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
 
-struct LinearShape {
+struct BlockLinear {
   std::string_view name;
   int64_t out = 0, in = 0;
 };
 
 // One Linear per stage.
-std::vector<LinearShape> BlockShapes(const VisionConfig& config) {
+std::vector<BlockLinear> BlockShapes(const VisionConfig& config) {
   const int64_t h = config.hidden_size, m = config.intermediate_size;
   return {{"attn.qkv", 3 * h, h},
           {"attn.proj", h, h},
@@ -33,7 +33,7 @@ std::vector<LinearShape> BlockShapes(const VisionConfig& config) {
           {"mlp.linear_fc2", h, m}};
 }
 
-std::vector<LinearShape> MergerShapes(const VisionConfig& config) {
+std::vector<BlockLinear> MergerShapes(const VisionConfig& config) {
   const int64_t m = config.merged_size();
   return {{"linear_fc1", m, m}, {"linear_fc2", config.out_hidden_size, m}};
 }
@@ -74,7 +74,7 @@ std::string VisionTower::BlockPrefix(int index) const {
 std::vector<std::vector<LinearInfo>> VisionTower::BlockStages(int index) const {
   std::vector<std::vector<LinearInfo>> stages;
   const bool merger = index == config_.depth;
-  for (const LinearShape& shape : merger ? MergerShapes(config_) : BlockShapes(config_)) {
+  for (const BlockLinear& shape : merger ? MergerShapes(config_) : BlockShapes(config_)) {
     LinearInfo info;
     info.name = fmt::format("{}{}", BlockPrefix(index), shape.name);
     info.unit = info.name;
@@ -86,10 +86,7 @@ std::vector<std::vector<LinearInfo>> VisionTower::BlockStages(int index) const {
     info.layer = first_layer_ + index;
     info.stage = static_cast<int>(stages.size());
     info.has_bias = true;
-    const TensorView* weight = checkpoint_->Find(info.name + ".weight");
-    const bool plain = weight != nullptr && weight->dtype != DType::kF8E4M3;
-    const TensorView* source = plain ? weight : checkpoint_->Find(kPatchWeight);
-    if (source != nullptr) info.dtype = source->dtype;
+    info.dtype = checkpoint_tensors::SourceType(*checkpoint_, info.name + ".weight", kPatchWeight);
     stages.push_back({std::move(info)});
   }
   return stages;
@@ -119,11 +116,7 @@ Status VisionTower::CheckTensors() const {
 Status VisionTower::CheckLinear(const LinearInfo& linear) const {
   PQ_RETURN_IF_ERROR(
       checkpoint_tensors::RequireShape(*checkpoint_, linear.name + ".bias", {linear.out}));
-  const bool quantized = checkpoint_->Find(linear.name + ".weight_packed") != nullptr ||
-                         checkpoint_->Find(linear.name + ".weight_scale") != nullptr;
-  return quantized ? Status()
-                   : checkpoint_tensors::RequireShape(*checkpoint_, linear.name + ".weight",
-                                                      {linear.out, linear.in});
+  return checkpoint_tensors::RequireWeight(*checkpoint_, linear.name, {linear.out, linear.in});
 }
 
 Result<at::Tensor> VisionTower::Parameter(const std::string& name,

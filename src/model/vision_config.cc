@@ -3,7 +3,8 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <utility>
+
+#include "model/config_reader.h"
 
 namespace prismaquant {
 namespace {
@@ -13,45 +14,17 @@ constexpr int64_t kLargest = int64_t{1} << 24;
 constexpr int64_t kMostBlocks = 10000, kMostPatchSide = 256, kMostFrames = 16, kMostMerge = 16;
 constexpr char kActivation[] = "gelu_pytorch_tanh";
 
-// Reads sizes of an object and remembers the first error.
-class Reader {
- public:
-  Reader(const Json& object, std::string origin) : object_(object), origin_(std::move(origin)) {}
-
-  bool Has(const char* key) const { return object_.contains(key) && !object_[key].is_null(); }
-  int64_t Int(const char* key, int64_t largest = kLargest) {
-    const Result<int64_t> value = JsonInt(object_, key, origin_);
-    if (!value.ok()) {
-      if (status_.ok()) status_ = value.status();
-      return 1;
-    }
-    if (*value >= 1 && *value <= largest) return *value;
-    Refuse(fmt::format("{} is {}, expected 1 to {}", key, *value, largest));
-    return 1;
-  }
-  void Refuse(const std::string& what) {
-    if (status_.ok()) status_ = Status::InvalidInput(fmt::format("{}: {}", origin_, what));
-  }
-  const Json& object() const { return object_; }
-  const Status& status() const { return status_; }
-
- private:
-  const Json& object_;
-  std::string origin_;
-  Status status_;
-};
-
-void ParseSizes(Reader& reader, VisionConfig& config) {
+void ParseSizes(ConfigReader& reader, VisionConfig& config) {
   config.depth = reader.Int("depth", kMostBlocks);
-  config.hidden_size = reader.Int("hidden_size");
-  config.intermediate_size = reader.Int("intermediate_size");
-  config.num_heads = reader.Int("num_heads");
+  config.hidden_size = reader.Int("hidden_size", kLargest);
+  config.intermediate_size = reader.Int("intermediate_size", kLargest);
+  config.num_heads = reader.Int("num_heads", kLargest);
   config.in_channels = reader.Int("in_channels", 3);
   config.patch_size = reader.Int("patch_size", kMostPatchSide);
   config.temporal_patch_size = reader.Int("temporal_patch_size", kMostFrames);
   config.merge_size = reader.Int("spatial_merge_size", kMostMerge);
-  config.out_hidden_size = reader.Int("out_hidden_size");
-  const int64_t positions = reader.Int("num_position_embeddings");
+  config.out_hidden_size = reader.Int("out_hidden_size", kLargest);
+  const int64_t positions = reader.Int("num_position_embeddings", kLargest);
   config.table_side = std::llround(std::sqrt(static_cast<double>(positions)));
   if (config.table_side * config.table_side != positions) {
     reader.Refuse(
@@ -67,7 +40,7 @@ void ParseSizes(Reader& reader, VisionConfig& config) {
   }
 }
 
-void RefuseUnsupported(Reader& reader, const VisionConfig& config) {
+void RefuseUnsupported(ConfigReader& reader, const VisionConfig& config) {
   const Json& object = reader.object();
   if (reader.Has("hidden_act") && object["hidden_act"] != kActivation) {
     reader.Refuse(fmt::format("hidden_act {} is not supported, expected {}",
@@ -84,7 +57,7 @@ void RefuseUnsupported(Reader& reader, const VisionConfig& config) {
   }
 }
 
-void ParseRope(Reader& reader, VisionConfig& config) {
+void ParseRope(ConfigReader& reader, VisionConfig& config) {
   if (!reader.Has("rope_parameters")) return;
   const Json& rope = reader.object()["rope_parameters"];
   if (!rope.is_object()) {
@@ -105,7 +78,7 @@ void ParseRope(Reader& reader, VisionConfig& config) {
 }
 
 // The tower's outputs take the place of token embeddings.
-void CheckTextWidth(const Json& json, Reader& reader, const VisionConfig& config) {
+void CheckTextWidth(const Json& json, ConfigReader& reader, const VisionConfig& config) {
   if (!json.contains("text_config") || !json["text_config"].is_object()) return;
   const Json& text = json["text_config"];
   if (!text.contains("hidden_size") || text["hidden_size"] == config.out_hidden_size) return;
@@ -119,7 +92,7 @@ Result<VisionConfig> VisionConfig::Parse(const Json& json, const std::string& or
   if (!json.is_object() || !json.contains("vision_config") || !json["vision_config"].is_object()) {
     return Status::InvalidInput(fmt::format("{}: no object \"vision_config\"", origin));
   }
-  Reader reader(json["vision_config"], origin + ": vision_config");
+  ConfigReader reader(json["vision_config"], origin + ": vision_config");
   VisionConfig config;
   ParseSizes(reader, config);
   RefuseUnsupported(reader, config);

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "formats/format.h"
-#include "formats/tensor_bytes.h"
+#include "formats/write_tensors.h"
 #include "io/temporary_folder.h"
 #include "model/vision_blocks.h"
 
@@ -62,15 +62,7 @@ class VisionTowerTest : public ::testing::Test {
   }
 
   Status Open() {
-    std::vector<CheckpointWriter::Tensor> plan;
-    for (const auto& [name, tensor] : tensors_) {
-      plan.push_back({{name, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
-                      [tensor = tensor](const CheckpointWriter::Sink& sink) {
-                        return sink(TensorBytes(tensor));
-                      }});
-    }
-    PQ_RETURN_IF_ERROR(CheckpointWriter::Write(FileSystem::Default(), Path(), {.overwrite = true},
-                                               plan, {{"config.json", config_.dump()}}));
+    PQ_RETURN_IF_ERROR(WriteTensors(Path(), tensors_, config_));
     PQ_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(Path()));
     checkpoint_ = std::make_unique<Checkpoint>(std::move(checkpoint));
     PQ_ASSIGN_OR_RETURN(tower_, VisionTower::Open(*checkpoint_, kFirstLayer));
