@@ -21,11 +21,15 @@ Status WrongType(const std::string& origin, const std::string& key, const Json& 
                                           TypeName(object.at(key)), expected));
 }
 
-// Notes the first key that an object gives twice. The library's callback parser could do that too,
-// but takes time in the square of an object's size.
+// What is nested deeper is hostile: copying and printing a value recurse.
+constexpr size_t kDeepest = 200;
+
+// Notes the first key that an object gives twice, which the library's callback parser could do too
+// but in time in the square of an object's size, and ends where values are nested too deep.
 class KeyWatcher : public nlohmann::json_sax<Json> {
  public:
   const std::string& duplicate() const { return duplicate_; }
+  bool too_deep() const { return depth_ > kDeepest; }
 
   bool key(std::string& name) override {
     if (!open_.back().insert(name).second && duplicate_.empty()) duplicate_ = name;
@@ -33,14 +37,14 @@ class KeyWatcher : public nlohmann::json_sax<Json> {
   }
   bool start_object(std::size_t) override {
     open_.emplace_back();
-    return true;
+    return Enter();
   }
   bool end_object() override {
     open_.pop_back();
-    return true;
+    return Leave();
   }
-  bool start_array(std::size_t) override { return true; }
-  bool end_array() override { return true; }
+  bool start_array(std::size_t) override { return Enter(); }
+  bool end_array() override { return Leave(); }
   bool null() override { return true; }
   bool boolean(bool) override { return true; }
   bool number_integer(Json::number_integer_t) override { return true; }
@@ -54,6 +58,13 @@ class KeyWatcher : public nlohmann::json_sax<Json> {
   }
 
  private:
+  bool Enter() { return ++depth_ <= kDeepest; }
+  bool Leave() {
+    --depth_;
+    return true;
+  }
+
+  size_t depth_ = 0;
   std::vector<std::unordered_set<std::string>> open_;
   std::string duplicate_;
 };
@@ -64,6 +75,10 @@ Result<Json> ParseJson(std::string_view text, const std::string& origin) {
   try {
     KeyWatcher watcher;
     Json::sax_parse(text.begin(), text.end(), &watcher);
+    if (watcher.too_deep()) {
+      return Status::InvalidInput(
+          fmt::format("{}: values are nested deeper than {}", origin, kDeepest));
+    }
     Json value = Json::parse(text.begin(), text.end());
     if (!watcher.duplicate().empty()) {
       return Status::InvalidInput(

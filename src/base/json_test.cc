@@ -37,6 +37,20 @@ TEST(ParseJson, RefusesAKeyGivenTwiceAtAnyDepth) {
   }
 }
 
+TEST(ParseJson, RefusesWhatIsNestedTooDeep) {
+  const auto nested = [](size_t depth) {
+    return "{\"a\":" + std::string(depth, '[') + std::string(depth, ']') + "}";
+  };
+  EXPECT_TRUE(ParseJson(nested(150), "config.json").ok());
+  EXPECT_TRUE(ParseJson("[" + nested(100) + "," + nested(100) + "," + nested(100) + "]", "").ok());
+  for (const size_t depth : {250, 1'000'000}) {
+    const auto json = ParseJson(nested(depth), "config.json");
+    ASSERT_FALSE(json.ok());
+    EXPECT_EQ(json.status().code(), StatusCode::kInvalidInput);
+    EXPECT_EQ(json.status().message(), "config.json: values are nested deeper than 200");
+  }
+}
+
 TEST(ParseJson, RefusesWhatIsNotJsonInOneLineNamingTheDocument) {
   const std::vector<std::string> documents = {
       "",      "{",      "{\"a\":}", "[1,]", "{\"a\":1} x", "nul",   "{'a':1}",

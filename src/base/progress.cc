@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <fstream>
 #include <utility>
 
 namespace prismaquant {
@@ -69,6 +70,12 @@ void Progress::Draw(bool last) {
 }
 
 int64_t PeakMemoryBytes() {
+  // getrusage would count what the process was before it became this program.
+  std::ifstream status("/proc/self/status");
+  for (std::string key; status >> key;) {
+    int64_t kilobytes = 0;
+    if (key == "VmHWM:" && status >> kilobytes) return kilobytes * 1024;
+  }
   rusage usage{};
   ::getrusage(RUSAGE_SELF, &usage);
   return static_cast<int64_t>(usage.ru_maxrss) * 1024;

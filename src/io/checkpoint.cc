@@ -202,24 +202,10 @@ Status Recover(FileSystem& fs, const Siblings& siblings, const stdfs::path& out)
   return fs.SyncDirectory(siblings.parent);
 }
 
-Status CheckDestination(const stdfs::path& out, bool overwrite) {
+// Absolute, links followed as far as there is something.
+stdfs::path Canonical(const stdfs::path& path) {
   std::error_code error;
-  if (out.filename().empty() || out.filename() == "." || out.filename() == "..") {
-    return Status::InvalidInput(
-        fmt::format("{}: is no name for a folder to be written", out.string()));
-  }
-  if (!Exists(out)) return {};
-  if (!overwrite) {
-    return Status::InvalidInput(
-        fmt::format("{}: exists already; --overwrite replaces it", out.string()));
-  }
-  if (stdfs::is_directory(out, error) &&
-      (stdfs::is_empty(out, error) || stdfs::exists(out / "config.json", error))) {
-    return {};
-  }
-  return Status::InvalidInput(fmt::format(
-      "{}: is no checkpoint folder (no config.json), so --overwrite does not replace it",
-      out.string()));
+  return stdfs::weakly_canonical(stdfs::absolute(WithoutSeparator(path), error), error);
 }
 
 bool IsPassthroughName(const std::string& name) {
@@ -395,17 +381,46 @@ Status RequireUnquantized(const Checkpoint& checkpoint) {
       (checkpoint.folder() / "config.json").string(), text("quant_method"), text("format")));
 }
 
+Status CheckDestination(const stdfs::path& out, const std::vector<stdfs::path>& kept) {
+  if (out.filename().empty() || out.filename() == "." || out.filename() == "..") {
+    return Status::InvalidInput(
+        fmt::format("{}: is no name for a folder to be written", out.string()));
+  }
+  const stdfs::path target = Canonical(out);
+  for (const stdfs::path& folder : kept) {
+    const stdfs::path needed = Canonical(folder);
+    const auto apart =
+        std::mismatch(target.begin(), target.end(), needed.begin(), needed.end()).first;
+    if (apart != target.end()) continue;
+    return Status::InvalidInput(fmt::format(
+        "{}: holds {}, which is needed; expected another folder", out.string(), folder.string()));
+  }
+  std::error_code error;
+  if (!Exists(out) ||
+      (stdfs::is_directory(out, error) &&
+       (stdfs::is_empty(out, error) || stdfs::exists(out / "config.json", error)))) {
+    return {};
+  }
+  return Status::InvalidInput(fmt::format(
+      "{}: is no checkpoint folder (no config.json), so --overwrite does not replace it",
+      out.string()));
+}
+
 Status CheckpointWriter::Write(FileSystem& fs, const stdfs::path& out, const Options& options,
                                const std::vector<Tensor>& tensors,
                                const std::map<std::string, std::string>& files) {
-  const stdfs::path target = out.has_filename() ? out : out.parent_path();
+  const stdfs::path target = WithoutSeparator(out);
   const Siblings siblings(target);
   PQ_RETURN_IF_ERROR(Recover(fs, siblings, target));
-  PQ_RETURN_IF_ERROR(CheckDestination(target, options.overwrite));
+  PQ_RETURN_IF_ERROR(CheckDestination(target, {}));
+  if (Exists(target) && !options.overwrite) {
+    return Status::InvalidInput(
+        fmt::format("{}: exists already; --overwrite replaces it", target.string()));
+  }
   PQ_RETURN_IF_ERROR(fs.RemoveAll(siblings.partial));
   std::vector<TensorSpec> specs;
   for (const Tensor& tensor : tensors) specs.push_back(tensor.spec);
-  PQ_RETURN_IF_ERROR(RequireRoom(fs, target.parent_path(), FileBytes(specs, options)));
+  PQ_RETURN_IF_ERROR(RequireRoom(fs, siblings.parent, FileBytes(specs, options)));
   Status status = WriteFolder(fs, siblings.partial, options.shard_bytes, tensors, files);
   if (status.ok() && options.check) status = options.check(siblings.partial);
   if (status.ok()) status = Install(fs, siblings, target);
@@ -413,6 +428,12 @@ Status CheckpointWriter::Write(FileSystem& fs, const stdfs::path& out, const Opt
   const Status cleanup = fs.RemoveAll(siblings.partial);
   if (cleanup.ok()) return status;
   return Status::System(fmt::format("{}; then {}", status.message(), cleanup.message()));
+}
+
+Status CheckpointWriter::RemoveLeftovers(FileSystem& fs, const stdfs::path& out) {
+  const Siblings siblings(out);
+  if (!Exists(out) || !Exists(siblings.old)) return {};
+  return fs.RemoveAll(siblings.old);
 }
 
 int64_t CheckpointWriter::FileBytes(const std::vector<TensorSpec>& specs, const Options& options) {

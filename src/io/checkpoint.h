@@ -77,6 +77,11 @@ class Checkpoint {
 // Refuses a checkpoint that is already quantized, naming its scheme.
 Status RequireUnquantized(const Checkpoint& checkpoint);
 
+// kInvalidInput unless a checkpoint can be written to `out`: it names a folder in which none of the
+// folders `kept` lies, and what is there now, if anything, is an empty folder or a checkpoint.
+Status CheckDestination(const std::filesystem::path& out,
+                        const std::vector<std::filesystem::path>& kept);
+
 class CheckpointWriter {
  public:
   struct Options {
@@ -98,10 +103,12 @@ class CheckpointWriter {
   // `out`. On any failure the temporary folder is removed and `out` is as it was; only missing
   // parents of `out` that were made stay. With overwrite the old folder waits as `.<name>.old`
   // until the new one is in place; a later Write finishes what a killed one left. kInvalidInput:
-  // `out` exists without overwrite, or is a folder without config.json that is not empty.
+  // `out` exists without overwrite, or CheckDestination refuses it.
   static Status Write(FileSystem& fs, const std::filesystem::path& out, const Options& options,
                       const std::vector<Tensor>& tensors,
                       const std::map<std::string, std::string>& files);
+  // Removes what a Write that was killed when `out` was in place left beside it.
+  static Status RemoveLeftovers(FileSystem& fs, const std::filesystem::path& out);
   // The bytes of all *.safetensors that Write would make, headers included.
   static int64_t FileBytes(const std::vector<TensorSpec>& specs, const Options& options);
 };

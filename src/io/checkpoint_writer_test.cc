@@ -305,6 +305,30 @@ TEST_P(CheckpointWriterFaultTest, DiskThatIsTooSmallIsNotWrittenTo) {
 INSTANTIATE_TEST_SUITE_P(Fresh, CheckpointWriterFaultTest, ::testing::Values(false));
 INSTANTIATE_TEST_SUITE_P(Replacing, CheckpointWriterFaultTest, ::testing::Values(true));
 
+TEST_F(CheckpointWriterTest, LeftoversAreRemovedOnceTheNewFolderIsThere) {
+  folder_.Put(".out.old/notes", "kept with the old one");
+  ASSERT_TRUE(CheckpointWriter::RemoveLeftovers(FileSystem::Default(), out()).ok());
+  EXPECT_TRUE(stdfs::exists(folder_ / ".out.old/notes")) << "the only one that there is";
+  folder_.Put("out/config.json", kConfig);
+  ASSERT_TRUE(CheckpointWriter::RemoveLeftovers(FileSystem::Default(), out()).ok());
+  EXPECT_EQ(folder_.List(), (std::set<std::string>{"out", "out/config.json"}));
+}
+
+TEST_F(CheckpointWriterTest, DestinationHoldsNothingThatIsNeeded) {
+  PutOld();
+  folder_.Put("out/inner/config.json", kConfig);
+  folder_.Put("outer/config.json", kConfig);
+  stdfs::create_directory_symlink(out(), folder_ / "link");
+  for (const stdfs::path& needed : {out(), out() / "", out() / "inner", folder_ / "link",
+                                    folder_ / "outer/../out", out() / "not/yet"}) {
+    ExpectRefused(CheckDestination(out(), {folder_ / "outer", needed}), StatusCode::kInvalidInput,
+                  {out().string(), needed.string()});
+  }
+  EXPECT_TRUE(CheckDestination(out(), {folder_ / "outer", folder_ / "other"}).ok());
+  EXPECT_TRUE(CheckDestination(out() / "new", {out()}).ok());
+  EXPECT_TRUE(CheckDestination(folder_ / "new", {out()}).ok());
+}
+
 TEST_F(CheckpointWriterTest, KilledBetweenTheRenamesGivesTheOldFolderBack) {
   PutOld();
   stdfs::rename(out(), folder_ / ".out.old");

@@ -172,9 +172,13 @@ FileSystem& FileSystem::Default() {
   return file_system;
 }
 
+stdfs::path WithoutSeparator(const stdfs::path& path) {
+  return path.has_filename() ? path : path.parent_path();
+}
+
 stdfs::path ExistingFolder(const stdfs::path& path) {
   std::error_code error;
-  stdfs::path folder = stdfs::absolute(path, error);
+  stdfs::path folder = stdfs::absolute(path.empty() ? "." : path, error);
   while (!stdfs::is_directory(folder, error) && folder.has_relative_path()) {
     folder = folder.parent_path();
   }

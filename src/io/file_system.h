@@ -45,7 +45,10 @@ class FileSystem {
   virtual int64_t FreeBytes(const std::filesystem::path& path) = 0;
 };
 
-// The nearest folder at or above `path` that exists.
+// "model/" is the folder "model": without the separators at its end.
+std::filesystem::path WithoutSeparator(const std::filesystem::path& path);
+
+// The nearest folder at or above `path` that exists; of an empty path the working folder.
 std::filesystem::path ExistingFolder(const std::filesystem::path& path);
 
 // kSystem, saying how much is missing, if the folder has no room for `bytes` more.

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -113,6 +114,14 @@ TEST_F(FileSystemTest, ShortWriteGoesOnUntilTheSystemSaysWhy) {
   std::signal(SIGXFSZ, handler);
   ExpectError(status, StatusCode::kSystem, folder_ / "f", "File too large");
   EXPECT_EQ(stdfs::file_size(folder_ / "f"), 1000u);
+}
+
+TEST_F(FileSystemTest, KnowsTheRoomOfAFolderThatIsNotThereYet) {
+  constexpr int64_t kUnknown = std::numeric_limits<int64_t>::max();
+  EXPECT_EQ(ExistingFolder(folder_ / "a/b"), folder_.path());
+  EXPECT_LT(fs_.FreeBytes(folder_ / "a/b"), kUnknown);
+  EXPECT_TRUE(std::filesystem::is_directory(ExistingFolder("")));
+  EXPECT_LT(fs_.FreeBytes(""), kUnknown) << "the folder of a name alone";
 }
 
 TEST_F(FileSystemTest, WriteFileAtomicallyReplaces) {

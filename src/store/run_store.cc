@@ -310,6 +310,7 @@ Status RunStore::PutBlob(const std::string& name, const std::vector<BlobTensor>&
     specs.push_back(tensor.spec);
     bytes += tensor.spec.bytes();
   }
+  PQ_RETURN_IF_ERROR(fs_->RemoveAll(partial));  // of a killed write
   PQ_RETURN_IF_ERROR(RequireRoom(*fs_, path.parent_path(), bytes));
   PQ_ASSIGN_OR_RETURN(SafetensorsWriter writer,
                       SafetensorsWriter::Create(*fs_, partial, specs, {}));
@@ -317,6 +318,11 @@ Status RunStore::PutBlob(const std::string& name, const std::vector<BlobTensor>&
   PQ_RETURN_IF_ERROR(writer.Close());
   PQ_RETURN_IF_ERROR(fs_->Rename(partial, path));
   return fs_->SyncDirectory(path.parent_path());
+}
+
+bool RunStore::HasBlob(const std::string& name) const {
+  std::error_code error;
+  return std::filesystem::exists(BlobPath(name), error);
 }
 
 Result<SafetensorsFile> RunStore::Blob(const std::string& name) const {

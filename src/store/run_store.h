@@ -95,6 +95,7 @@ class RunStore {
 
   // Blobs, named by relative path without extension, as "hidden/3".
   Status PutBlob(const std::string& name, const std::vector<BlobTensor>& tensors);
+  bool HasBlob(const std::string& name) const;
   Result<SafetensorsFile> Blob(const std::string& name) const;
   Status RemoveBlob(const std::string& name);
   Status RemoveBlobs(const std::string& folder);

@@ -285,6 +285,7 @@ TEST_F(RunStoreTest, BlobsComeBackAndGo) {
   EXPECT_EQ(Get(store, "hidden/3"), "other");
   ASSERT_TRUE(store.RemoveBlob("hidden/3").ok());
   EXPECT_FALSE(store.Blob("hidden/3").ok());
+  EXPECT_FALSE(store.HasBlob("hidden/3"));
   ASSERT_TRUE(store.RemoveBlob("hidden/3").ok()) << "removing what is gone is no error";
 }
 
@@ -293,6 +294,15 @@ TEST_F(RunStoreTest, WhatAKilledWriteLeftIsOverwritten) {
   folder_.Put("work/hidden/3.safetensors.partial", "half a file");
   ASSERT_TRUE(Put(store, "hidden/3", "abc").ok());
   EXPECT_EQ(Get(store, "hidden/3"), "abc");
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "work/hidden/3.safetensors.partial"));
+}
+
+TEST_F(RunStoreTest, WhatAKilledWriteLeftTakesNoRoom) {
+  FaultyFileSystem full;
+  RunStore store = RunStore::Open(full, folder_ / "work").value();
+  folder_.Put("work/hidden/3.safetensors.partial", "half a file");
+  full.ReportFree(0);
+  EXPECT_FALSE(Put(store, "hidden/3", "abc").ok());
   EXPECT_FALSE(std::filesystem::exists(folder_ / "work/hidden/3.safetensors.partial"));
 }
 

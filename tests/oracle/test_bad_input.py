@@ -129,6 +129,7 @@ def test_calibration_that_is_not_utf8(tmp_path):
 
 def test_infeasible_budget(tmp_path):
     refused(quantize(MODEL, tmp_path / "out", "--bpp", "3"), tmp_path / "out", 1, "--bpp 3", "4.5")
+    assert not (tmp_path / "out.work").exists(), "refused before anything is measured"
 
 
 def test_infeasible_size(tmp_path):
@@ -137,6 +138,7 @@ def test_infeasible_size(tmp_path):
 
 def test_bad_rule(tmp_path):
     refused(quantize(MODEL, tmp_path / "out", "--pin", "no_such_linear=fp8"), tmp_path / "out", 2, "no_such_linear")
+    assert not (tmp_path / "out.work").exists(), "refused before anything is measured"
 
 
 def test_existing_out_is_kept(tmp_path):
@@ -147,6 +149,28 @@ def test_existing_out_is_kept(tmp_path):
         done = subprocess.run([PROGRAM, *map(str, quantize(MODEL, out, *extra))], capture_output=True, text=True)
         assert done.returncode == 2 and str(out) in done.stderr
         assert [p.name for p in out.iterdir()] == ["precious"]
+
+
+def test_the_source_is_never_overwritten(source, tmp_path):
+    """Neither by its own name, nor by another one, nor with the folder that holds it; nor is the run store."""
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    shutil.copy(source / "config.json", tmp_path)  # so that the folder above looks like a checkpoint
+    for out in [source, f"{source}/", link, tmp_path]:
+        done = subprocess.run([PROGRAM, *map(str, quantize(source, out, "--work", tmp_path / "w", "--overwrite"))], capture_output=True, text=True)
+        assert done.returncode == 2 and str(source) in done.stderr, done.stderr
+        assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    done = subprocess.run([PROGRAM, *map(str, quantize(source, tmp_path / "out", "--work", tmp_path / "out" / "w"))], capture_output=True, text=True)
+    assert done.returncode == 2 and "out/w" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_separator_at_the_end_of_out(tmp_path):
+    args = quantize(MODEL, f"{tmp_path}/out/", "--uniform", "fp8")
+    for _ in range(2):  # the second recognises what the first made
+        done = subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.work"]
 
 
 def test_other_run_in_the_store(tmp_path):
@@ -168,7 +192,9 @@ def test_full_disk(tmp_path):
 
 
 @pytest.mark.parametrize("args", [["quantize"], ["no-such-command"], ["allocate", "--bytes", "x"],
-                                  ["evaluate", "a"], ["quantize", "a", "b", "--labels", "other"],
+                                  ["evaluate", "a"], ["quantize", "a", "b", "--uniform", "fp8", "--bpp", "5"],
+                                  ["export", "b", "--work", "w", "--choices", "c", "--formats", "fp8"],
+                                  ["quantize", "a", "b", "--labels", "other"],
                                   ["quantize", "a", "b", "--calibration", ""]])
 def test_bad_usage(args):
     assert subprocess.run([PROGRAM, *args], capture_output=True).returncode == 2
