@@ -106,8 +106,8 @@ Result<Comparison> Measure(const Flags& flags) {
   return result;
 }
 
-// Indices of the cases that can be in the format and are not negligible; the others that can be in
-// it are counted.
+// Indices of the cases that can be in the format and are not negligible; the names of the
+// others that can be in it go to `negligible`.
 std::vector<size_t> CasesOf(const Comparison& comparison, const std::string& format,
                             std::vector<std::string>& negligible) {
   std::vector<size_t> indices;

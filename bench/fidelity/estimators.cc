@@ -15,7 +15,7 @@ Estimator OfParts(std::string name, Term weights, Term inputs) {
 }
 
 Estimator Mixed(double rows) {
-  return {fmt::format("{} rows + {} directional", rows, 1 - rows),
+  return {fmt::format("{} rows + {} whole", rows, 1 - rows),
           {{{Term::kRows, rows}, {Term::kWhole, 1 - rows}}}};
 }
 
@@ -43,8 +43,8 @@ Estimate Estimator::Predict(const FormatObservations& format, int64_t tokens) co
 }
 
 std::vector<Estimator> AllEstimators() {
-  return {OfTerm("directional", Term::kWhole),
-          OfTerm("directional, weights alone", Term::kWeights),
+  return {OfTerm("whole", Term::kWhole),
+          OfTerm("whole, weights alone", Term::kWeights),
           OfTerm("windows of 256", Term::kWhole256),
           OfTerm("windows of 128", Term::kWhole128),
           OfTerm("windows of 64", Term::kWhole64),
@@ -57,7 +57,7 @@ std::vector<Estimator> AllEstimators() {
           Mixed(0.25),
           Mixed(0.5),
           Mixed(0.75),
-          {"sqrt(rows * directional)", {{{Term::kRows}}, {{Term::kWhole}}}},
+          {"sqrt(rows * whole)", {{{Term::kRows}}, {{Term::kWhole}}}},
           OfParts("W whole + x whole", Term::kWeights, Term::kInputs),
           OfParts("W rows + x tokens", Term::kWeightRows, Term::kInputTokens),
           OfParts("W columns + x columns", Term::kWeightColumns, Term::kInputColumns),
@@ -66,7 +66,7 @@ std::vector<Estimator> AllEstimators() {
           OfParts("W elements + x columns", Term::kWeightElements, Term::kInputColumns),
           OfParts("W elements + x elements", Term::kWeightElements, Term::kInputElements),
           OfParts("W tokens' elements + x elements", Term::kWeightTokens, Term::kInputElements),
-          OfParts("W rows + x columns", Term::kWeightRows, Term::kInputColumns),
+          OfParts("directional (W rows + x columns)", Term::kWeightRows, Term::kInputColumns),
           OfParts("W rows + x columns apart", Term::kWeightRows, Term::kInputColumnsApart),
           OfTerm("fisher-trace", Term::kFisherTrace)};
 }

@@ -84,10 +84,10 @@ Status WriteMeasured(const MeasuredKls& measured, const MeasureOptions& options,
   return WriteFileAtomically(FileSystem::Default(), options.file, json.dump(1) + "\n");
 }
 
-class KlMeter {
+class CaseMeter {
  public:
-  KlMeter(const SourceBody& body, const std::vector<FidelityCase>& cases,
-          const TokenWindows& windows, const MeasureOptions& options)
+  CaseMeter(const SourceBody& body, const std::vector<FidelityCase>& cases,
+            const TokenWindows& windows, const MeasureOptions& options)
       : body_(body),
         cases_(cases),
         windows_(windows),
@@ -205,7 +205,7 @@ double WindowKls::StandardError(size_t count) const {
 Result<MeasuredKls> MeasureKl(const SourceBody& body, const std::vector<FidelityCase>& cases,
                               const TokenWindows& windows, const MeasureOptions& options) {
   const at::NoGradGuard no_grad;
-  return KlMeter(body, cases, windows, options).Run();
+  return CaseMeter(body, cases, windows, options).Run();
 }
 
 }  // namespace prismaquant

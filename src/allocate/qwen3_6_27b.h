@@ -17,7 +17,7 @@
 
 namespace prismaquant {
 
-struct LinearShape {
+struct MemberShape {
   std::string name;
   int64_t out = 0, in = 0;
 };
@@ -86,10 +86,10 @@ class Qwen27b {
     Add(prefix + "mlp.linear_fc2", {{prefix + "mlp.linear_fc2", kVision, kVisionMlp}});
   }
 
-  void Add(const std::string& name, const std::vector<LinearShape>& members) {
+  void Add(const std::string& name, const std::vector<MemberShape>& members) {
     UnitCosts unit{.name = name, .linears = {}, .weights = 0, .formats = {}};
     int64_t out = 0, in = members.front().in, channels = 0, groups = 0, blocks = 0;
-    for (const LinearShape& member : members) {
+    for (const MemberShape& member : members) {
       unit.linears.push_back(member.name);
       unit.weights += member.out * member.in;
       out += member.out;

@@ -121,7 +121,9 @@ Result<bool> IsDelivered(const Session& session, const Delivery& delivery) {
 Status Deliver(Session& session, const Delivery& delivery) {
   PQ_ASSIGN_OR_RETURN(const bool delivered, IsDelivered(session, delivery));
   const std::string key = RenderKey(delivery.formats, delivery.render);
-  if (!delivered) {
+  if (delivered) {
+    PQ_RETURN_IF_ERROR(CheckpointWriter::RemoveLeftovers(FileSystem::Default(), delivery.out));
+  } else {
     PQ_RETURN_IF_ERROR(session.Render(delivery.formats, delivery.render, key));
     PQ_RETURN_IF_ERROR(
         session.Timed("export", [&] { return WriteCheckpoint(session, delivery, key); }));

@@ -23,9 +23,10 @@ struct ExportFlags {
   RunFlags run;
 };
 
-// Flags under which the units are those of the choices.
-Result<PlanFlags> FlagsOfChoices(const Json& json, const std::string& file) {
-  PlanFlags flags;
+// Flags under which the units are those of the choices, with the costs of `given`.
+Result<PlanFlags> FlagsOfChoices(const Json& json, const std::string& file,
+                                 const PlanFlags& given) {
+  PlanFlags flags = given;
   flags.kernels = "any";
   std::set<std::string> formats = {std::string(SourceFormat().name())};
   if (!json.is_object() || !json.contains("choices") || !json["choices"].is_object()) {
@@ -47,10 +48,11 @@ Result<PlanFlags> FlagsOfChoices(const Json& json, const std::string& file) {
 }
 
 // The plan of an edited or unedited allocation.
-Status TakeChoices(Session& session, const std::string& file, Delivery& delivery) {
+Status TakeChoices(Session& session, const std::string& file, const PlanFlags& given,
+                   Delivery& delivery) {
   PQ_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
   PQ_ASSIGN_OR_RETURN(Json json, ParseJson(text, file));
-  PQ_ASSIGN_OR_RETURN(const PlanFlags all, FlagsOfChoices(json, file));
+  PQ_ASSIGN_OR_RETURN(const PlanFlags all, FlagsOfChoices(json, file, given));
   // As it stands in the source, the output projection is no unit.
   const bool head_stays = all.lm_head == SourceFormat().name();
   if (head_stays && json["choices"].contains(kHead)) json["choices"].erase(kHead);
@@ -70,9 +72,11 @@ Status TakeChoices(Session& session, const std::string& file, Delivery& delivery
 
 Status RunExport(const ExportFlags& flags) {
   PQ_ASSIGN_OR_RETURN(const auto session, Session::Resume(flags.work, flags.run));
-  Delivery delivery{.out = flags.out, .overwrite = flags.overwrite, .base_model = flags.base_model};
+  const std::filesystem::path out = WithoutSeparator(flags.out);
+  PQ_RETURN_IF_ERROR(CheckDestination(out, {session->checkpoint().folder(), flags.work}));
+  Delivery delivery{.out = out, .overwrite = flags.overwrite, .base_model = flags.base_model};
   if (!flags.choices.empty()) {
-    PQ_RETURN_IF_ERROR(TakeChoices(*session, flags.choices, delivery));
+    PQ_RETURN_IF_ERROR(TakeChoices(*session, flags.choices, flags.plan, delivery));
   } else {
     PQ_ASSIGN_OR_RETURN(const Planner planner,
                         session->MakePlanner(flags.plan, /*with_costs=*/true));
@@ -110,9 +114,11 @@ Command AddExportCommand(CLI::App& app) {
       app.add_subcommand("export", "Round the weights of a probed run and write a checkpoint");
   command->add_option("--work", flags->work, "Run store folder of a finished probe")->required();
   command->add_option("OUT", flags->out, "Folder to write")->required();
-  command->add_option("--choices", flags->choices,
-                      "Take the formats from this JSON of allocate, edited or not");
+  CLI::Option* choices = command->add_option(
+      "--choices", flags->choices, "Take the formats from this JSON of allocate, edited or not");
   flags->plan.Register(*command);
+  PlanFlags::LeaveNoChoice(*choices);
+  for (const char* rule : {"--pin", "--forbid", "--kernels", "--lm-head"}) choices->excludes(rule);
   flags->render.Register(*command);
   flags->run.Register(*command);
   command->add_option("--base-model", flags->base_model, "Name of the source model in the card");

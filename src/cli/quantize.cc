@@ -9,6 +9,7 @@
 
 #include "cli/delivery.h"
 #include "cli/run_forecast.h"
+#include "cli/stored_pass.h"
 #include "cli/tables.h"
 #include "cli/validate.h"
 #include "data/bundled_text.h"
@@ -72,14 +73,24 @@ std::string ReproducingCommand(const QuantizeFlags& flags) {
   return text;
 }
 
-Status PlanUniform(const QuantizeFlags& flags, Session& session, Delivery& delivery) {
+Result<PlannedAllocation> PlanUniform(const QuantizeFlags& flags, Session& session) {
   PlanFlags all = flags.plan;
   all.formats = FormatNames();
   PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(all, /*with_costs=*/false));
-  PQ_ASSIGN_OR_RETURN(delivery.plan, planner.Uniform(flags.uniform));
-  PQ_ASSIGN_OR_RETURN(delivery.plan.file_bytes,
-                      ExactFileBytes(session.model(), delivery.plan.choices));
-  return {};
+  PQ_ASSIGN_OR_RETURN(PlannedAllocation plan, planner.Uniform(flags.uniform));
+  PQ_ASSIGN_OR_RETURN(plan.file_bytes, ExactFileBytes(session.model(), plan.choices));
+  return plan;
+}
+
+// Refuses what no costs could make possible, before hours are spent on them: rules that match
+// nothing, a budget below the smallest.
+Status CheckPlan(const QuantizeFlags& flags, Session& session) {
+  if (!flags.uniform.empty()) return PlanUniform(flags, session).status();
+  PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(flags.plan, /*with_costs=*/false));
+  PQ_ASSIGN_OR_RETURN(const Budget budget,
+                      ToBudget(flags.plan.budget, session.model(), session.labels()));
+  const bool by_costs = flags.plan.budget.knee || budget.kind == Budget::Kind::kMaxKl;
+  return by_costs ? Status() : planner.Plan(budget).status();
 }
 
 // Windows to measure the result on, and others to choose by.
@@ -93,7 +104,10 @@ Status Plan(const QuantizeFlags& flags, const TokenWindows& text, Session& sessi
   std::optional<Planner> planner;
   ChosenPlan chosen;
   PQ_RETURN_IF_ERROR(session.Timed("allocate", [&]() -> Status {
-    if (!flags.uniform.empty()) return PlanUniform(flags, session, delivery);
+    if (!flags.uniform.empty()) {
+      PQ_ASSIGN_OR_RETURN(delivery.plan, PlanUniform(flags, session));
+      return {};
+    }
     PQ_ASSIGN_OR_RETURN(planner, session.MakePlanner(flags.plan, /*with_costs=*/true));
     PQ_ASSIGN_OR_RETURN(chosen, ChoosePlan(session, *planner, flags.plan.budget));
     return {};
@@ -155,26 +169,33 @@ Result<HeldOutText> ReadHeldOut(const QuantizeFlags& flags, const Session& sessi
 
 Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& session,
                const Delivery& delivery, Json& json) {
+  const std::string measured_on =
+      data.text.fingerprint + (data.captions.empty() ? "" : CaptionsFingerprint(data.captions));
+  StoredPass source_pass(session.store(), session.identity().at("source") + measured_on);
+  StoredPass pass(session.store(), DeliveryKey(session, delivery) + measured_on);
   Evaluation evaluation;
   PQ_RETURN_IF_ERROR(session.Timed("evaluate", [&]() -> Status {
     PQ_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(delivery.out));
     PQ_ASSIGN_OR_RETURN(const auto source, Model::Open(session.checkpoint()));
     PQ_ASSIGN_OR_RETURN(const auto quantized, Model::Open(checkpoint));
-    PQ_ASSIGN_OR_RETURN(evaluation, Evaluate(*source, *quantized, data, {.dtype = at::kFloat}));
+    PQ_ASSIGN_OR_RETURN(evaluation, Evaluate(*source, *quantized, data, {.dtype = at::kFloat},
+                                             {.source = &source_pass, .quantized = &pass}));
     return {};
   }));
   const bool own = flags.eval_text.empty();
   const std::string name = CalibrationName(own ? flags.calibration.file : flags.eval_text);
   PQ_RETURN_IF_ERROR(
       RecordEvaluation(session, delivery, evaluation, own ? name + ", last tenth" : name));
+  PQ_RETURN_IF_ERROR(source_pass.Drop());
+  PQ_RETURN_IF_ERROR(pass.Drop());
   if (flags.json != "-") PrintEvaluation(evaluation, delivery.predicted);
   json["evaluation"] = evaluation.ToJson(delivery.predicted.text);
   return {};
 }
 
 // What the run is to do.
-RunSettings Settings(const QuantizeFlags& flags, const Session& session,
-                     const RenderOptions& rendering) {
+Result<RunSettings> Settings(const QuantizeFlags& flags, Session& session,
+                             const RenderOptions& rendering) {
   RunSettings settings{.compute = session.compute(),
                        .smooth = flags.calibration.smooth,
                        .probe = flags.uniform.empty(),
@@ -183,7 +204,14 @@ RunSettings Settings(const QuantizeFlags& flags, const Session& session,
   settings.priced = session.Priced(formats);
   if (CostRounding(flags.plan) == Rounding::kGptq) settings.gptq_priced = FindFormats(formats);
   if (flags.plan.budget.bpp) settings.bits = *flags.plan.budget.bpp;
+  if (!flags.uniform.empty()) {
+    PQ_ASSIGN_OR_RETURN(const PlannedAllocation plan, PlanUniform(flags, session));
+    settings.bits = plan.bpp;
+  }
+  if (flags.uniform == SourceFormat().name()) settings.rendering.mode = RenderMode::kRtn;
   if (!flags.no_eval) settings.evaluation_tokens = flags.eval_tokens;
+  settings.validated_plans = flags.validate;
+  settings.validation_tokens = kValidationTokens;
   return settings;
 }
 
@@ -206,28 +234,35 @@ Status PrintResult(const Session& session, const Delivery& delivery) {
   return {};
 }
 
-Status RunQuantize(const QuantizeFlags& flags) {
-  const std::filesystem::path work = flags.work.empty() ? flags.out + ".work" : flags.work;
+Status CheckFolders(const QuantizeFlags& flags, const std::filesystem::path& out,
+                    const std::filesystem::path& work) {
   std::error_code error;
-  if (std::filesystem::exists(flags.out, error) && !flags.overwrite &&
+  if (std::filesystem::exists(out, error) && !flags.overwrite &&
       !std::filesystem::exists(work, error)) {
     return Status::InvalidInput(
-        fmt::format("{}: exists already; --overwrite replaces it", flags.out));
+        fmt::format("{}: exists already; --overwrite replaces it", out.string()));
   }
+  return CheckDestination(out, {flags.source, work});
+}
+
+Status RunQuantize(const QuantizeFlags& flags) {
+  const std::filesystem::path out = WithoutSeparator(flags.out);
+  const std::filesystem::path work = flags.work.empty() ? out.string() + ".work" : flags.work;
+  PQ_RETURN_IF_ERROR(CheckFolders(flags, out, work));
   PQ_ASSIGN_OR_RETURN(const auto session,
                       Session::Start(flags.source, flags.calibration, flags.run));
-  PQ_RETURN_IF_ERROR(ToBudget(flags.plan.budget, session->model(), session->labels()).status());
+  PQ_RETURN_IF_ERROR(CheckPlan(flags, *session));
   PQ_ASSIGN_OR_RETURN(const RenderOptions rendering,
                       ToRenderOptions(flags.render, session->compute()));
-  PQ_ASSIGN_OR_RETURN(RunForecast forecast,
-                      ForecastRun(*session, Settings(flags, *session, rendering), flags.run));
+  PQ_ASSIGN_OR_RETURN(const RunSettings settings, Settings(flags, *session, rendering));
+  PQ_ASSIGN_OR_RETURN(RunForecast forecast, ForecastRun(*session, settings, flags.run));
   if (!flags.run.dry_run) PQ_RETURN_IF_ERROR(session->OpenStore(work, flags.run));
   PQ_RETURN_IF_ERROR(MeasureRates(*session, flags.run, work, forecast));
   if (flags.run.dry_run) return ReportForecast(forecast, flags.json);
   PQ_ASSIGN_OR_RETURN(HeldOutText text, ReadHeldOut(flags, *session));
   const Calibration held_out{.text = std::move(text.result),
                              .captions = session->held_out_captions()};
-  Delivery delivery{.out = flags.out,
+  Delivery delivery{.out = out,
                     .overwrite = flags.overwrite,
                     .base_model = flags.base_model,
                     .command = ReproducingCommand(flags),
@@ -277,11 +312,16 @@ Command AddQuantizeCommand(CLI::App& app) {
   command->add_option("--work", flags->work, "Run store folder (default OUT.work)");
   flags->calibration.Register(*command);
   flags->plan.Register(*command);
-  command
-      ->add_option(
-          "--uniform", flags->uniform,
-          "Give every Linear this format; needs no probe, so GPTQ weights all tokens alike")
-      ->check(CLI::IsMember(FormatNames()));
+  CLI::Option* uniform =
+      command
+          ->add_option(
+              "--uniform", flags->uniform,
+              "Give every Linear this format; needs no probe, so GPTQ weights all tokens alike")
+          ->check(CLI::IsMember(FormatNames()));
+  PlanFlags::LeaveNoChoice(*uniform);
+  for (const char* cost : {"--cost", "--cost-render", "--caption-weight", "--mtp-weight"}) {
+    uniform->excludes(cost);
+  }
   flags->render.Register(*command);
   flags->run.Register(*command);
   command

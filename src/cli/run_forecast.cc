@@ -83,27 +83,30 @@ void PrintForecast(const RunForecast& forecast) {
         rates.product / 1e12, rates.float_product / 1e12, rates.factor / 1e12, rates.nearest / 1e6,
         rates.columns / 1e6, rates.memory / 1e9, rates.read / 1e9, rates.write / 1e9);
   }
-  fmt::print("{:<16} {:>11} {:>13} {:>11} {:>11} {:>11}\n", "stage", "TFLOP", "time", "peak memory",
-             "read", "written");
-  double flop = 0, seconds = 0, read = 0, written = 0;
+  fmt::print("{:<16} {:>11} {:>13} {:>11} {:>11} {:>11} {:>11}\n", "stage", "TFLOP", "time",
+             "peak memory", "read", "written", "on disk");
+  double flop = 0, seconds = 0, read = 0, written = 0, stored = 0;
   int64_t resident = forecast.held_bytes;
   const auto row = [&](const std::string& stage, double operations, double time, int64_t memory,
-                       double in, double out) {
-    fmt::print("{:<16} {:>11.3g} {:>13} {:>11} {:>11} {:>11}\n", stage, operations / 1e12,
+                       double in, double out, double kept) {
+    fmt::print("{:<16} {:>11.3g} {:>13} {:>11} {:>11} {:>11} {:>11}\n", stage, operations / 1e12,
                forecast.rates ? FormatSeconds(time) : "", FormatBytes(memory), Bytes(in),
-               Bytes(out));
+               Bytes(out), Bytes(kept));
   };
   for (const StageNeeds& stage : forecast.stages) {
     const double time = forecast.rates ? stage.Seconds(*forecast.rates) : 0;
-    row(stage.stage, stage.Flop(), time, forecast.Resident(stage), stage.read, stage.written);
+    row(stage.stage, stage.Flop(), time, forecast.Resident(stage), stage.read, stage.written,
+        stage.stored);
     flop += stage.Flop();
     seconds += time;
     resident = std::max(resident, forecast.Resident(stage));
     read += stage.read;
     written += stage.written;
+    stored = std::max(stored, stage.stored);
   }
-  row("all", flop, seconds, resident, read, written);
-  fmt::print("--memory {}\n", FormatBytes(forecast.memory_bytes));
+  row("all", flop, seconds, resident, read, written, stored);
+  fmt::print("--memory {}; on the disk of the run store {} are free\n",
+             FormatBytes(forecast.memory_bytes), FormatBytes(forecast.free_bytes));
 }
 
 }  // namespace
@@ -127,14 +130,16 @@ Status RunForecast::CheckMemory() const {
 }
 
 Json RunForecast::ToJson() const {
-  Json json = {{"memory_bytes", memory_bytes}, {"held_bytes", held_bytes}};
+  Json json = {
+      {"memory_bytes", memory_bytes}, {"held_bytes", held_bytes}, {"free_bytes", free_bytes}};
   if (rates) json["rates"] = rates->ToJson();
   for (const StageNeeds& stage : stages) {
     Json& entry = json["stages"][stage.stage];
     entry = {{"flop", stage.Flop()},
              {"resident_bytes", Resident(stage)},
              {"read_bytes", std::llround(stage.read)},
-             {"written_bytes", std::llround(stage.written)}};
+             {"written_bytes", std::llround(stage.written)},
+             {"stored_bytes", std::llround(stage.stored)}};
     if (rates) entry["seconds"] = stage.Seconds(*rates);
   }
   return json;
@@ -157,6 +162,7 @@ Result<RunForecast> ForecastRun(const Session& session, const RunSettings& setti
 
 Status MeasureRates(const Session& session, const RunFlags& flags,
                     const std::filesystem::path& work, RunForecast& forecast) {
+  forecast.free_bytes = FileSystem::Default().FreeBytes(work);
   double flop = 0;
   for (const StageNeeds& stage : forecast.stages) flop += stage.Flop();
   if (!flags.dry_run && flop <= kMeasuredFlop) return {};

@@ -24,6 +24,7 @@ struct RunForecast {
   int64_t held_bytes = 0;             // by the process before the first stage
   int64_t memory_bytes = 0;           // --memory, or its default
   bool memory_is_default = true;
+  int64_t free_bytes = 0;  // of the disk that the run store lies on
 
   // Largest resident set of a stage.
   int64_t Resident(const StageNeeds& stage) const;
@@ -41,8 +42,8 @@ Result<RunForecast> ForecastRun(const Session& session, const RunSettings& setti
 Status MeasureRates(const Session& session, const RunFlags& flags,
                     const std::filesystem::path& work, RunForecast& forecast);
 
-// What a dry run comes to: stages with FLOP, time, memory and traffic with storage as a table, or
-// as JSON if `json` names a file or is "-"; then CheckMemory.
+// What a dry run comes to: stages with FLOP, time, memory, traffic with storage and disk as a
+// table, or as JSON if `json` names a file or is "-"; then CheckMemory.
 Status ReportForecast(const RunForecast& forecast, const std::string& json);
 // Stages as they were, beside the forecast if the run was whole, and kernels if asked for.
 void PrintProfile(const RunProfile& profile, const RunForecast* forecast, bool kernels);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/interrupt.h"
 #include "cli/calibration_store.h"
 #include "export/exporter.h"
 #include "performance/memory.h"
@@ -139,6 +140,13 @@ void PlanFlags::Register(CLI::App& command) {
       ->capture_default_str();
 }
 
+void PlanFlags::LeaveNoChoice(CLI::Option& option) {
+  for (const char* chooser : {"--bpp", "--size", "--device-memory", "--max-kl", "--knee", "--sweep",
+                              "--formats", "--preset"}) {
+    option.excludes(chooser);
+  }
+}
+
 Rounding CostRounding(const PlanFlags& flags) {
   return flags.cost_render == "gptq" ? Rounding::kGptq : Rounding::kNearest;
 }
@@ -201,7 +209,13 @@ Status Session::ReadCalibration(const CalibrationFlags& flags) {
 Status Session::CheckContent() {
   PQ_ASSIGN_OR_RETURN(const std::string hash, checkpoint_->ContentHash());
   PQ_ASSIGN_OR_RETURN(const auto known, store_->Note(kContentNote));
-  if (!known) return store_->PutNote(kContentNote, hash);
+  if (!known) {
+    PQ_ASSIGN_OR_RETURN(const auto stages, store_->Stages());
+    if (stages.empty()) return store_->PutNote(kContentNote, hash);
+    return Status::InvalidInput(fmt::format(
+        "--check-hash: the run store {} was begun without it and has no hash to compare {} with",
+        store_->folder().string(), checkpoint_->folder().string()));
+  }
   if (*known == hash) return {};
   return Status::InvalidInput(
       fmt::format("{}: the weights have SHA-256 {}, expected {} as when the run store {} was made",
@@ -285,7 +299,9 @@ LabelRule Session::labels() const {
 Status Session::Timed(const std::string& stage, const std::function<Status()>& body) {
   ReturnFreedMemory();  // of the stage before
   RECORD_USER_SCOPE(stage.c_str());
-  return body();
+  const Status status = body();
+  const bool interrupted = status.code() == StatusCode::kInterrupted;
+  return interrupted ? CheckInterrupted(store_->folder().string()) : status;
 }
 
 std::vector<const Format*> Session::Priced(const std::vector<std::string>& formats) const {

@@ -63,6 +63,8 @@ struct PlanFlags {
   std::string lm_head = "bf16";
 
   void Register(CLI::App& command);
+  // `option`, registered after them, says the formats itself.
+  static void LeaveNoChoice(CLI::Option& option);
 };
 
 // Of the weights whose errors a plan with these flags counts.

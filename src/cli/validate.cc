@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "base/progress.h"
+#include "cli/stored_pass.h"
 #include "evaluate/quantized_linears.h"
 
 namespace prismaquant {
@@ -78,9 +79,16 @@ class Validator {
     return DropRendering(session_.store(), point.rendering);
   }
 
+  // Frees the store of what measuring further points would need.
+  Status Finish() { return SourcePass().Drop(); }
+
   const std::vector<ValidatedPlan>& points() const { return points_; }
 
  private:
+  StoredPass SourcePass() {
+    return {session_.store(), session_.identity().at("source") + text_.fingerprint};
+  }
+
   Result<MeasuredKl> Measure(const FormatChoice& formats, const std::string& key) {
     const ComputeOptions compute{.dtype = at::kFloat};
     PQ_RETURN_IF_ERROR(session_.Render(formats, options_, key));
@@ -88,14 +96,16 @@ class Validator {
     PQ_RETURN_IF_ERROR(session_.Timed("validate", [&]() -> Status {
       if (meter_ == nullptr) {
         PQ_ASSIGN_OR_RETURN(source_, Model::Open(session_.checkpoint()));
-        PQ_ASSIGN_OR_RETURN(meter_, KlMeter::Make(*source_, text_, compute));
+        StoredPass pass = SourcePass();
+        PQ_ASSIGN_OR_RETURN(meter_, KlMeter::Make(*source_, text_, compute, &pass));
       }
+      StoredPass pass(session_.store(), key + text_.fingerprint);
       PQ_ASSIGN_OR_RETURN(
           measured, meter_->Measure(
                         session_.model(),
                         RenderedLinears(session_.model(), formats, session_.store(), key, compute),
-                        fmt::format("validate, plan {}", points_.size() + 1)));
-      return {};
+                        fmt::format("validate, plan {}", points_.size() + 1), &pass));
+      return pass.Drop();
     }));
     return measured;
   }
@@ -206,6 +216,22 @@ size_t KneeOfMeasured(const std::vector<ValidatedPlan>& points, size_t otherwise
   return knee < 0 ? otherwise : static_cast<size_t>(knee);
 }
 
+// The plan and the points of the sweep around it, `count` in all.
+Result<Validation> MeasureSweep(Validator& validator, const ChosenPlan& chosen, bool knee,
+                                int count) {
+  PQ_RETURN_IF_ERROR(validator.Add(chosen.plan).status());
+  for (const PlannedAllocation* point : ByDistance(chosen)) {
+    if (static_cast<int>(validator.points().size()) == count) break;
+    PQ_ASSIGN_OR_RETURN(const bool fresh, validator.Add(*point));
+    if (fresh) PQ_RETURN_IF_ERROR(validator.Drop(validator.points().back()));
+  }
+  Validation validation = Sorted(validator.points());
+  const size_t own = IndexOf(validation.points, chosen.plan);
+  validation.chosen = knee ? KneeOfMeasured(validation.points, own) : own;
+  if (validation.chosen != own) PQ_RETURN_IF_ERROR(validator.Drop(validation.points[own]));
+  return validation;
+}
+
 }  // namespace
 
 Json Validation::ToJson() const {
@@ -225,19 +251,11 @@ Result<Validation> Validate(Session& session, const Planner& planner, const Chos
                             bool knee, const RenderOptions& options, const TokenWindows& text,
                             int count) {
   Validator validator(session, options, text);
-  if (chosen.plan.budget.kind == Budget::Kind::kMaxKl) {
-    return HoldLimit(validator, session.model(), planner, chosen.plan, count);
-  }
-  PQ_RETURN_IF_ERROR(validator.Add(chosen.plan).status());
-  for (const PlannedAllocation* point : ByDistance(chosen)) {
-    if (static_cast<int>(validator.points().size()) == count) break;
-    PQ_ASSIGN_OR_RETURN(const bool fresh, validator.Add(*point));
-    if (fresh) PQ_RETURN_IF_ERROR(validator.Drop(validator.points().back()));
-  }
-  Validation validation = Sorted(validator.points());
-  const size_t own = IndexOf(validation.points, chosen.plan);
-  validation.chosen = knee ? KneeOfMeasured(validation.points, own) : own;
-  if (validation.chosen != own) PQ_RETURN_IF_ERROR(validator.Drop(validation.points[own]));
+  const bool limited = chosen.plan.budget.kind == Budget::Kind::kMaxKl;
+  PQ_ASSIGN_OR_RETURN(Validation validation,
+                      limited ? HoldLimit(validator, session.model(), planner, chosen.plan, count)
+                              : MeasureSweep(validator, chosen, knee, count));
+  PQ_RETURN_IF_ERROR(validator.Finish());
   return validation;
 }
 

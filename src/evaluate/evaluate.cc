@@ -61,8 +61,8 @@ double RouterAgreement(const std::vector<at::Tensor>& a, const std::vector<at::T
 class Comparison {
  public:
   Comparison(const Model& source, const Model& quantized, const Calibration& data,
-             const ComputeOptions& compute)
-      : source_(source), quantized_(quantized), data_(data), compute_(compute) {}
+             const ComputeOptions& compute, const EvaluationKeepers& keepers)
+      : source_(source), quantized_(quantized), data_(data), compute_(compute), keepers_(keepers) {}
 
   Result<Evaluation> Run() {
     const at::NoGradGuard no_grad;
@@ -72,9 +72,9 @@ class Comparison {
     PQ_ASSIGN_OR_RETURN(const Sequences quantized_sequences,
                         Sequences::Make(quantized_, data_, compute_));
     PQ_ASSIGN_OR_RETURN(source_outputs_, RunBody(source_, source_linears, data_, sequences,
-                                                 compute_, "evaluate, source"));
+                                                 compute_, "evaluate, source", keepers_.source));
     PQ_ASSIGN_OR_RETURN(outputs_, RunBody(quantized_, linears, data_, quantized_sequences, compute_,
-                                          "evaluate, quantized"));
+                                          "evaluate, quantized", keepers_.quantized));
     PQ_ASSIGN_OR_RETURN(const auto source_projection,
                         LoadProjection(source_, source_linears, compute_));
     PQ_ASSIGN_OR_RETURN(const auto projection, LoadProjection(quantized_, linears, compute_));
@@ -144,6 +144,7 @@ class Comparison {
   const Model& quantized_;
   const Calibration& data_;
   ComputeOptions compute_;
+  EvaluationKeepers keepers_;
   BodyOutputs source_outputs_, outputs_;
   std::unique_ptr<OutputHead> source_head_, head_;
   Evaluation result_;
@@ -193,7 +194,7 @@ Json Evaluation::ToJson(double predicted_kl) const {
 }
 
 Result<Evaluation> Evaluate(const Model& source, const Model& quantized, const Calibration& data,
-                            const ComputeOptions& compute) {
+                            const ComputeOptions& compute, const EvaluationKeepers& keepers) {
   PQ_RETURN_IF_ERROR(RequireComparable(source, quantized));
   const TokenWindows& windows = data.text;
   if (windows.length() < 2) {
@@ -203,7 +204,7 @@ Result<Evaluation> Evaluate(const Model& source, const Model& quantized, const C
   }
   Result<Evaluation> result = Status::System("evaluation did not run");
   PQ_RETURN_IF_ERROR(GuardTorch("evaluate", [&] {
-    result = Comparison(source, quantized, data, compute).Run();
+    result = Comparison(source, quantized, data, compute, keepers).Run();
     return result.status();
   }));
   return result;

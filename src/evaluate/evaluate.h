@@ -50,10 +50,18 @@ struct Evaluation {
   Json ToJson(double predicted_kl) const;
 };
 
+class PassKeeper;
+
+// What keeps the passes of an evaluation (evaluate/forward.h); null: nothing does.
+struct EvaluationKeepers {
+  PassKeeper* source = nullptr;
+  PassKeeper* quantized = nullptr;
+};
+
 // Windows and captions of `data`. kInvalidInput unless both models are of one family with the same
 // vocabulary, hidden size, number of layers and parts, and the windows have at least two tokens.
 Result<Evaluation> Evaluate(const Model& source, const Model& quantized, const Calibration& data,
-                            const ComputeOptions& compute);
+                            const ComputeOptions& compute, const EvaluationKeepers& keepers = {});
 
 }  // namespace prismaquant
 

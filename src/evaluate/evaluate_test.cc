@@ -6,10 +6,12 @@
 
 #include <cmath>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "evaluate/checkpoint_pair.h"
+#include "evaluate/forward.h"
 #include "model/plain_linears.h"
 
 namespace prismaquant {
@@ -62,6 +64,48 @@ TEST_F(EvaluateTest, ASourceAgainstItself) {
     EXPECT_EQ(found.bytes, found.bytes_source);
     EXPECT_EQ(found.bytes, source_.checkpoint->file_bytes());
   }
+}
+
+// Keeps a pass in memory and ends it after a number of layers.
+class StoppingKeeper : public PassKeeper {
+ public:
+  explicit StoppingKeeper(int64_t stop) : stop_(stop) {}
+  void GoOn() { stop_ = -1; }
+  int64_t layers_run() const { return layers_run_; }
+
+  Result<std::optional<PassState>> Load() override { return kept_; }
+  Status Keep(const PassState& state, bool) override {
+    kept_ = state;
+    for (at::Tensor& hidden : kept_->outputs.hidden) hidden = hidden.clone();
+    ++layers_run_;
+    return state.layers == stop_ ? Status::Interrupted("stopped") : Status();
+  }
+
+ private:
+  int64_t stop_, layers_run_ = 0;
+  std::optional<PassState> kept_;
+};
+
+TEST_F(EvaluateTest, GoesOnWhereItWasEnded) {
+  auto tensors = pair_.source();
+  tensors[std::string(kUp) + ".weight"] = (tensors[std::string(kUp) + ".weight"] * 0.2).clone();
+  const auto changed = pair_.Open("changed", tensors);
+  const Calibration data{Windows(3, 9), {}};
+  const Evaluation expected = Against(*changed.model, data.text);
+  StoppingKeeper source(2), quantized(1);
+  const EvaluationKeepers keepers{.source = &source, .quantized = &quantized};
+  for (int i = 0; i < 2; ++i) {
+    const auto stopped = Evaluate(*source_.model, *changed.model, data, {}, keepers);
+    EXPECT_EQ(stopped.status().code(), StatusCode::kInterrupted);
+  }
+  quantized.GoOn();
+  const auto found = Evaluate(*source_.model, *changed.model, data, {}, keepers);
+  ASSERT_TRUE(found.ok()) << found.status().message();
+  EXPECT_GT(found->kl, 1e-4);
+  EXPECT_EQ(found->kl, expected.kl);
+  EXPECT_EQ(found->ppl, expected.ppl);
+  EXPECT_EQ(source.layers_run(), 2);
+  EXPECT_EQ(quantized.layers_run(), 2);
 }
 
 TEST_F(EvaluateTest, FiguresAreThoseOfTheLogits) {

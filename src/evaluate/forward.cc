@@ -12,15 +12,19 @@
 namespace prismaquant {
 namespace {
 
-// `hidden` per sequence of the part, replaced by the output of its last layer. `routing`, if not
-// null, gets the experts of the first `texts` sequences.
+// From state.layers of the part on. The experts of the first `texts` sequences are noted.
 Status RunPart(const Model& model, const PartLayers& part, const LayerLinears& linears_of,
                const Sequences& sequences, const ComputeOptions& compute, const std::string& title,
-               std::vector<at::Tensor>& hidden, int64_t texts, std::vector<at::Tensor>* routing) {
+               int64_t texts, PassKeeper* keeper, PassState& state) {
   const int64_t first = sequences.Range(part.part).first;
+  std::vector<at::Tensor>& hidden = state.outputs.hidden;
   Progress progress(title, part.end - part.first, "layers");
-  for (int layer = part.first; layer < part.end; ++layer) {
-    PQ_RETURN_IF_ERROR(CheckInterrupted());
+  progress.Skip(state.layers);
+  for (int layer = part.first + static_cast<int>(state.layers); layer < part.end; ++layer) {
+    if (const Status asked = CheckInterrupted(); !asked.ok()) {
+      if (keeper != nullptr) PQ_RETURN_IF_ERROR(keeper->Keep(state, /*now=*/true));
+      return asked;
+    }
     const LayerPages pages(model, layer, layer + 1);
     PQ_ASSIGN_OR_RETURN(const auto block, model.LoadLayer(layer, compute));
     PQ_ASSIGN_OR_RETURN(const auto linears, linears_of(layer));
@@ -31,10 +35,37 @@ Status RunPart(const Model& model, const PartLayers& part, const LayerLinears& l
       hidden[i] = RunLayer(*block, sequences.Context(part.part, n), hidden[i], *linears, &own);
       if (own.defined() && n < texts) experts.push_back(own);
     }
-    if (routing != nullptr && !experts.empty()) routing->push_back(at::cat(experts));
+    if (!experts.empty()) state.outputs.routing.push_back(at::cat(experts));
+    ++state.layers;
+    if (keeper != nullptr) PQ_RETURN_IF_ERROR(keeper->Keep(state, /*now=*/false));
     progress.Advance();
   }
   return {};
+}
+
+// What enters the body: token embeddings, with the vision tower's outputs in them.
+Result<PassState> EmbedSequences(const Model& model, const LayerLinears& linears,
+                                 const Calibration& data, const Sequences& sequences,
+                                 const ComputeOptions& compute, const std::string& title) {
+  PassState images;
+  const SequenceRange captions = sequences.Range(Part::kVision);
+  for (int64_t n = captions.first; n < captions.end; ++n) {
+    PQ_ASSIGN_OR_RETURN(at::Tensor patches, sequences.Input(Part::kVision, n, {}));
+    images.outputs.hidden.push_back(std::move(patches));
+  }
+  if (captions.count() > 0) {
+    PQ_RETURN_IF_ERROR(RunPart(model, *model.FindPart(Part::kVision), linears, sequences, compute,
+                               title + ", vision", 0, nullptr, images));
+  }
+  PassState state;
+  for (int64_t n = 0; n < data.count(); ++n) {
+    const at::Tensor image = data.IsCaption(n)
+                                 ? images.outputs.hidden[static_cast<size_t>(n - captions.first)]
+                                 : at::Tensor();
+    PQ_ASSIGN_OR_RETURN(at::Tensor embedded, sequences.Input(Part::kText, n, image));
+    state.outputs.hidden.push_back(std::move(embedded));
+  }
+  return state;
 }
 
 class TiedProjection : public LinearRunner {
@@ -58,27 +89,18 @@ LayerLinears StoredLinears(const Model& model, const ComputeOptions& compute) {
 
 Result<BodyOutputs> RunBody(const Model& model, const LayerLinears& linears,
                             const Calibration& data, const Sequences& sequences,
-                            const ComputeOptions& compute, const std::string& title) {
-  std::vector<at::Tensor> images;
-  const SequenceRange captions = sequences.Range(Part::kVision);
-  for (int64_t n = captions.first; n < captions.end; ++n) {
-    PQ_ASSIGN_OR_RETURN(at::Tensor patches, sequences.Input(Part::kVision, n, {}));
-    images.push_back(std::move(patches));
+                            const ComputeOptions& compute, const std::string& title,
+                            PassKeeper* keeper) {
+  std::optional<PassState> state;
+  if (keeper != nullptr) {
+    PQ_ASSIGN_OR_RETURN(state, keeper->Load());
   }
-  if (!images.empty()) {
-    PQ_RETURN_IF_ERROR(RunPart(model, *model.FindPart(Part::kVision), linears, sequences, compute,
-                               title + ", vision", images, 0, nullptr));
-  }
-  BodyOutputs outputs;
-  for (int64_t n = 0; n < data.count(); ++n) {
-    const at::Tensor image =
-        data.IsCaption(n) ? images[static_cast<size_t>(n - captions.first)] : at::Tensor();
-    PQ_ASSIGN_OR_RETURN(at::Tensor embedded, sequences.Input(Part::kText, n, image));
-    outputs.hidden.push_back(std::move(embedded));
+  if (!state) {
+    PQ_ASSIGN_OR_RETURN(state, EmbedSequences(model, linears, data, sequences, compute, title));
   }
   PQ_RETURN_IF_ERROR(RunPart(model, *model.FindPart(Part::kText), linears, sequences, compute,
-                             title, outputs.hidden, data.text.count(), &outputs.routing));
-  return outputs;
+                             title, data.text.count(), keeper, *state));
+  return std::move(state->outputs);
 }
 
 Result<std::shared_ptr<LinearRunner>> LoadProjection(const Model& model,

@@ -21,10 +21,11 @@ Result<std::unique_ptr<OutputHead>> LoadStoredHead(const Model& model, const Lay
 }  // namespace
 
 Result<std::vector<at::Tensor>> KlMeter::Run(const Model& model, const LayerLinears& linears,
-                                             const std::string& title) const {
+                                             const std::string& title, PassKeeper* keeper) const {
   const at::NoGradGuard no_grad;
   PQ_ASSIGN_OR_RETURN(const Sequences sequences, Sequences::Make(model, data_, compute_));
-  PQ_ASSIGN_OR_RETURN(BodyOutputs body, RunBody(model, linears, data_, sequences, compute_, title));
+  PQ_ASSIGN_OR_RETURN(BodyOutputs body,
+                      RunBody(model, linears, data_, sequences, compute_, title, keeper));
   return std::move(body.hidden);
 }
 
@@ -49,7 +50,7 @@ Result<MeasuredKl> KlMeter::Compare(const Model& model, const LayerLinears& line
 }
 
 Result<std::unique_ptr<KlMeter>> KlMeter::Make(const Model& source, TokenWindows text,
-                                               const ComputeOptions& compute) {
+                                               const ComputeOptions& compute, PassKeeper* keeper) {
   if (text.length() < 2) {
     return Status::InvalidInput(
         fmt::format("windows to measure on: {} of {} tokens, expected at least one of at least 2",
@@ -57,18 +58,18 @@ Result<std::unique_ptr<KlMeter>> KlMeter::Make(const Model& source, TokenWindows
   }
   std::unique_ptr<KlMeter> meter(new KlMeter(source, std::move(text), compute));
   PQ_RETURN_IF_ERROR(GuardTorch("measuring the source", [&]() -> Status {
-    PQ_ASSIGN_OR_RETURN(meter->source_hidden_,
-                        meter->Run(source, StoredLinears(source, compute), "validate, source"));
+    PQ_ASSIGN_OR_RETURN(meter->source_hidden_, meter->Run(source, StoredLinears(source, compute),
+                                                          "validate, source", keeper));
     return {};
   }));
   return meter;
 }
 
 Result<MeasuredKl> KlMeter::Measure(const Model& model, const LayerLinears& linears,
-                                    const std::string& title) const {
+                                    const std::string& title, PassKeeper* keeper) const {
   MeasuredKl measured;
   PQ_RETURN_IF_ERROR(GuardTorch("measuring", [&]() -> Status {
-    PQ_ASSIGN_OR_RETURN(const std::vector<at::Tensor> hidden, Run(model, linears, title));
+    PQ_ASSIGN_OR_RETURN(const std::vector<at::Tensor> hidden, Run(model, linears, title, keeper));
     PQ_ASSIGN_OR_RETURN(measured, Compare(model, linears, hidden));
     return {};
   }));

@@ -5,6 +5,8 @@
 // hidden states stay in memory, [tokens, hidden_size] per window. One thread.
 
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -21,13 +23,15 @@ struct MeasuredKl {
 
 class KlMeter {
  public:
-  // `source` must outlive the meter. kInvalidInput if the windows have fewer than two tokens.
+  // `source` must outlive the meter; `keeper`, if not null, keeps its pass. kInvalidInput if the
+  // windows have fewer than two tokens.
   static Result<std::unique_ptr<KlMeter>> Make(const Model& source, TokenWindows text,
-                                               const ComputeOptions& compute);
+                                               const ComputeOptions& compute,
+                                               PassKeeper* keeper = nullptr);
   // Of `model`, which differs from the source by its weights alone, with its Linears multiplied so.
-  // `title` heads the progress. kInvalidInput if its logits are not finite.
+  // `title` heads the progress; `keeper` as above. kInvalidInput if its logits are not finite.
   Result<MeasuredKl> Measure(const Model& model, const LayerLinears& linears,
-                             const std::string& title) const;
+                             const std::string& title, PassKeeper* keeper = nullptr) const;
 
  private:
   KlMeter(const Model& source, TokenWindows text, const ComputeOptions& compute)
@@ -36,7 +40,7 @@ class KlMeter {
   }
   // Hidden states before the final norm, per window.
   Result<std::vector<at::Tensor>> Run(const Model& model, const LayerLinears& linears,
-                                      const std::string& title) const;
+                                      const std::string& title, PassKeeper* keeper) const;
   Result<MeasuredKl> Compare(const Model& model, const LayerLinears& linears,
                              const std::vector<at::Tensor>& hidden) const;
 

@@ -4,6 +4,8 @@
 #include <cmath>
 
 #include "performance/layer_shapes.h"
+#include "probe/head_costs.h"
+#include "probe/loss.h"
 #include "round/factored_hessian.h"
 #include "round/input_moments.h"
 
@@ -26,16 +28,13 @@ constexpr double kRoundPasses = 20;    // over the weights that are rounded
 constexpr double kHessianPasses = 10;  // over a Hessian
 constexpr double kRowPasses = 24;      // over inputs and outputs of what is rounded
 constexpr double kKeptBytes = 3;       // per byte of what experts keep
-// Of one in so many sequences the result is judged (src/render/render.cc).
-constexpr double kJudgedShare = 1.0 / 8, kJudgements = 3;
-constexpr double kExportPasses = 40;       // over the bytes written
-constexpr double kFloat = 4;               // bytes
-constexpr double kPricedPositions = 1024;  // of lm_head
-constexpr double kSliceRows = 8192;
-constexpr double kLogitElements = 160e6;  // of a product of the head
-// Of the logits that are worked on at a time in float32 and float64 (src/probe/loss.cc), and of
-// those of the two models that are compared (src/evaluate/score.cc).
-constexpr double kLossBlock = 4e6, kLossBlockBytes = 40, kScoreBlock = 8e6, kScoreBlockBytes = 50;
+constexpr double kJudgedShare = 1.0 / kHeldOutEvery, kJudgements = 3;
+constexpr double kExportPasses = 40;    // over the bytes written
+constexpr double kFloat = 4;            // bytes
+constexpr double kLossBlockBytes = 40;  // per element of the logits worked on at a time
+// Of the logits of the two models that are compared (src/evaluate/score.cc).
+constexpr double kScoreBlock = 8e6, kScoreBlockBytes = 50;
+constexpr double kEvaluationWindow = 512;  // tokens
 // Of the rates that a moment reaches, what hours do.
 constexpr double kSustained = 0.88;
 
@@ -70,11 +69,20 @@ class Forecaster {
       stages.push_back(HeadStage());
       stages.push_back(BackwardStage());
     }
+    const auto plans = static_cast<double>(settings_.validated_plans);
     if (settings_.render) {
-      stages.push_back(RenderStage());
+      // The chosen plan is one of those that were rendered to be measured.
+      stages.push_back(RenderStage().Times(std::max(plans, 1.0)));
+      // All plans against one pass of the source, where an evaluation is one against one.
+      if (plans > 0) {
+        stages.push_back(
+            EvaluationStage("validate", settings_.validation_tokens).Times((plans + 1) / 2));
+      }
       stages.push_back(ExportStage());
     }
-    if (settings_.evaluation_tokens > 0) stages.push_back(EvaluationStage());
+    if (settings_.evaluation_tokens > 0) {
+      stages.push_back(EvaluationStage("evaluate", settings_.evaluation_tokens));
+    }
     return stages;
   }
 
@@ -112,6 +120,7 @@ class Forecaster {
         AddLayer(layer, part.load, kForward, 1, needs);
         needs.read += layer.stored;
         needs.written += part.load.tokens * layer.hidden * element_;
+        needs.stored = needs.written;
         const double states = 2 * part.load.tokens * layer.hidden * element_;
         needs.resident =
             std::max(needs.resident, Loaded(layer) + states + Activations(part, layer));
@@ -144,17 +153,18 @@ class Forecaster {
     needs.read += 2 * table;
     const PartShape& body = Body();
     needs.written += body.load.tokens * hidden_ * element_;
-    const double held = std::min(body.load.longest * vocabulary_, kLogitElements);
+    needs.stored = LayerInputs() + needs.written;
+    const double held = std::min<double>(body.load.longest * vocabulary_, kLogitProductElements);
     needs.resident = (2 + (Copied() ? element_ : 0) + element_) * table + 2 * element_ * held +
                      2 * body.load.tokens * hidden_ * element_ +
-                     kLossBlockBytes * std::min(kLossBlock, held);
+                     kLossBlockBytes * std::min<double>(kLogitBlockElements, held);
     if (priced) {
-      const double positions = std::min(kPricedPositions, body.load.tokens);
+      const double positions = std::min<double>(kPricedPositions, body.load.tokens);
       const auto formats = static_cast<double>(QuantizingFormats());
       needs.products += 2 * positions * table * (2 + formats);
       needs.nearest += table * formats;
       needs.memory += kFloat * (kPricingPasses * table + kLossPasses * positions * vocabulary_);
-      const double slice = kSliceRows * (positions + hidden_);
+      const double slice = kHeadSliceRows * (positions + hidden_);
       needs.resident = std::max(
           needs.resident, 2 * table + kFloat * (5 * slice + (4 + formats) * positions * hidden_));
     }
@@ -176,6 +186,7 @@ class Forecaster {
                         priced * kFloat * kErrorPasses * formats;
         needs.read += layer.stored + 2 * states * layer.hidden;
         needs.written += states * layer.hidden;
+        needs.stored = std::max(needs.stored, LayerInputs() + 2 * states * layer.hidden);
         const double errors = product_ * formats * dense + KeptForExperts(layer, part.load.tokens);
         const double running = product_ * layer.LargestWeight() + SavedActivations(part, layer);
         needs.resident =
@@ -189,7 +200,7 @@ class Forecaster {
   // Of all tokens that reach them with the weights of experts, once.
   static double ExpertProducts(const LayerShape& layer, double tokens) {
     double products = 0;
-    for (const LinearShape& linear : layer.linears) {
+    for (const LinearLoad& linear : layer.linears) {
       if (linear.is_expert && linear.allocatable)
         products += 2 * linear.share * tokens * linear.weights();
     }
@@ -200,7 +211,7 @@ class Forecaster {
   // the gaps that so many small tensors leave in the heap.
   double KeptForExperts(const LayerShape& layer, double tokens) const {
     double elements = 0;
-    for (const LinearShape& linear : layer.linears) {
+    for (const LinearLoad& linear : layer.linears) {
       if (linear.is_expert && linear.allocatable) {
         elements += linear.share * tokens * (linear.out + (linear.is_sibling ? 0 : linear.in));
       }
@@ -219,7 +230,7 @@ class Forecaster {
         AddLayer(layer, part.load, kBackward, 3, needs);
         needs.read += 2 * layer.stored;
         double held = 2 * product_ * formats * layer.AllocatableWeights();
-        for (const LinearShape& linear : layer.linears) {
+        for (const LinearLoad& linear : layer.linears) {
           if (!linear.allocatable) continue;
           needs.products += SymmetricProduct(linear.in, part.load.tokens * linear.share);
           AddFactor(linear, 2 * formats, needs);
@@ -233,7 +244,7 @@ class Forecaster {
   }
 
   // GPTQ's factor, `times` over; in float64 at half the rate.
-  void AddFactor(const LinearShape& linear, double times, StageNeeds& needs) const {
+  void AddFactor(const LinearLoad& linear, double times, StageNeeds& needs) const {
     const double square = linear.in * linear.in;
     const at::ScalarType type = FactorType(static_cast<int64_t>(linear.in), product_type_);
     needs.factors += times * (type == at::kDouble ? 2 : 1) * square * linear.in / 3;
@@ -241,7 +252,7 @@ class Forecaster {
   }
 
   // GPTQ's loop, `times` over.
-  static void AddRounding(const LinearShape& linear, double times, StageNeeds& needs) {
+  static void AddRounding(const LinearLoad& linear, double times, StageNeeds& needs) {
     needs.products += times * linear.out * linear.in * linear.in;
     needs.columns += times * linear.weights();
     needs.nearest += 2 * times * linear.weights();
@@ -249,7 +260,7 @@ class Forecaster {
   }
 
   // By the inverse of what is smaller, the tokens' Gram matrix or the Hessian.
-  void AddCorrection(const LinearShape& linear, double tokens, StageNeeds& needs) const {
+  void AddCorrection(const LinearLoad& linear, double tokens, StageNeeds& needs) const {
     const double size = std::min(tokens, linear.in);
     needs.factors += size * size * size;
     needs.products += 2 * linear.out * linear.in * tokens;
@@ -266,7 +277,7 @@ class Forecaster {
   // later that for products with the weight in its several states.
   double RoundingMemory(const LayerShape& layer, double tokens) const {
     double most = 0;
-    for (const LinearShape& linear : layer.linears) {
+    for (const LinearLoad& linear : layer.linears) {
       if (!linear.allocatable) continue;
       const double square = linear.in * linear.in;
       const double rows = 2 * product_ * linear.share * tokens * (linear.in + linear.out);
@@ -288,7 +299,7 @@ class Forecaster {
         passes.linear *= streams;
         passes.recurrent *= streams;
         AddLayer(layer, part.load, passes, streams, needs);
-        for (const LinearShape& linear : layer.linears) {
+        for (const LinearLoad& linear : layer.linears) {
           if (!linear.allocatable) continue;
           const double tokens = linear.share * part.load.tokens;
           if (!gptq) {
@@ -309,6 +320,8 @@ class Forecaster {
         needs.read += layer.stored + streams * states * layer.hidden;
         needs.written +=
             streams * states * layer.hidden + settings_.bits / 8 * layer.AllocatableWeights();
+        needs.stored =
+            std::max(needs.stored, QuantizedBytes() + 2 * streams * states * layer.hidden);
         const double held = (streams + 1) * states * (2 * layer.hidden + layer.widest) +
                             settings_.bits / 8 * layer.AllocatableWeights();
         needs.resident =
@@ -317,6 +330,16 @@ class Forecaster {
       }
     }
     return needs;
+  }
+
+  // Hidden states before all layers, which the store holds until the backward stage has used them.
+  double LayerInputs() const {
+    double bytes = 0;
+    for (const PartShape& part : parts_) {
+      for (const LayerShape& layer : part.layers)
+        bytes += part.load.tokens * layer.hidden * element_;
+    }
+    return bytes;
   }
 
   double QuantizedBytes() const {
@@ -352,14 +375,15 @@ class Forecaster {
             .memory = kExportPasses * bytes,
             .read = bytes,
             .written = bytes,
+            .stored = QuantizedBytes() + bytes,
             .resident = 2 * LargestLayer() + (head ? 2 * vocabulary_ * hidden_ : 0)};
   }
 
   // Both models in float32, on windows of text.
-  StageNeeds EvaluationStage() const {
-    StageNeeds needs{.stage = "evaluate"};
-    const auto tokens = static_cast<double>(settings_.evaluation_tokens);
-    const auto window = static_cast<double>(settings_.evaluation_window);
+  StageNeeds EvaluationStage(const char* stage, int64_t count) const {
+    StageNeeds needs{.stage = stage};
+    const auto tokens = static_cast<double>(count);
+    const double window = kEvaluationWindow;
     const TokenLoad load{.sequences = tokens / window,
                          .tokens = tokens,
                          .longest = window,
@@ -405,6 +429,16 @@ class Forecaster {
 };
 
 }  // namespace
+
+StageNeeds StageNeeds::Times(double times) const {
+  StageNeeds needs = *this;
+  for (double StageNeeds::*work : {&StageNeeds::products, &StageNeeds::float_products,
+                                   &StageNeeds::factors, &StageNeeds::nearest, &StageNeeds::columns,
+                                   &StageNeeds::memory, &StageNeeds::read, &StageNeeds::written}) {
+    needs.*work *= times;
+  }
+  return needs;
+}
 
 double StageNeeds::Seconds(const MachineRates& rates) const {
   const double computed = products / rates.product + float_products / rates.float_product +

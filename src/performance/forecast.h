@@ -23,8 +23,10 @@ struct RunSettings {
   std::vector<const Format*> priced;       // rounded to nearest
   std::vector<const Format*> gptq_priced;  // as GPTQ leaves them
   RenderOptions rendering;
-  double bits = 5.5;  // of a quantized weight, for what is written
-  int64_t evaluation_tokens = 0, evaluation_window = 512;  // no evaluation: 0 tokens
+  double bits = 5.5;              // of a quantized weight, for what is written
+  int64_t evaluation_tokens = 0;  // no evaluation: 0
+  int64_t validated_plans = 0;    // each rendered, and measured on as many tokens as are there
+  int64_t validation_tokens = 0;
 };
 
 struct StageNeeds {
@@ -34,8 +36,11 @@ struct StageNeeds {
   double nearest = 0, columns = 0;  // weights rounded to nearest, and in GPTQ's loop
   double memory = 0;                // bytes of elementwise operators
   double read = 0, written = 0;     // bytes of storage
+  double stored = 0;                // bytes that lie in the run store and in OUT at most
   double resident = 0;              // bytes, beside what the process holds before it begins
 
+  // Its work this many times over; what is resident stays.
+  StageNeeds Times(double times) const;
   double Flop() const { return products + float_products + factors; }
   // Reading goes on while the processor computes.
   double Seconds(const MachineRates& rates) const;

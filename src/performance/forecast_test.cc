@@ -84,11 +84,39 @@ TEST_F(ForecastTest, TwiceTheSequencesIsTwiceTheWorkOfTokens) {
   EXPECT_GT(more.at("render").resident, once.at("render").resident);
 }
 
+TEST_F(ForecastTest, ValidatingRendersAndMeasuresEachPlan) {
+  RunSettings settings = Settings();
+  settings.evaluation_tokens = settings.validation_tokens = 64;
+  std::map<std::string, StageNeeds> once, validating;
+  for (const StageNeeds& stage : Forecast(tiny_.model(), tiny_.calibration(), settings)) {
+    once[stage.stage] = stage;
+  }
+  settings.validated_plans = 3;
+  for (const StageNeeds& stage : Forecast(tiny_.model(), tiny_.calibration(), settings)) {
+    validating[stage.stage] = stage;
+  }
+  EXPECT_EQ(once.count("validate"), 0U);
+  EXPECT_DOUBLE_EQ(validating.at("render").Flop(), 3 * once.at("render").Flop());
+  EXPECT_DOUBLE_EQ(validating.at("render").resident, once.at("render").resident);
+  EXPECT_DOUBLE_EQ(validating.at("validate").Flop(), 2 * once.at("evaluate").Flop());
+  EXPECT_DOUBLE_EQ(validating.at("export").written, once.at("export").written);
+}
+
 TEST_F(ForecastTest, ReadsEachLayerOncePerSweep) {
   double stored = 0;
   const PartLayers& body = *tiny_.model().FindPart(Part::kText);
   for (const LayerShape& layer : ShapesOf(tiny_.model(), body)) stored += layer.stored;
   EXPECT_DOUBLE_EQ(Needs(tiny_.calibration()).at("probe, forward").read, stored);
+}
+
+TEST_F(ForecastTest, TheDiskHoldsLayerInputsThenRenderedTensorsAndTheCheckpoint) {
+  const auto needs = Needs(tiny_.calibration());
+  constexpr double kState = TinyCheckpoint::kSequences * TinyCheckpoint::kTokens * 64 * 4;
+  EXPECT_DOUBLE_EQ(needs.at("probe, forward").stored, TinyCheckpoint::kLayers * kState);
+  EXPECT_DOUBLE_EQ(needs.at("probe, backward").stored, (TinyCheckpoint::kLayers + 2) * kState);
+  const double quantized = needs.at("export").stored - needs.at("export").written;
+  EXPECT_DOUBLE_EQ(needs.at("render").stored, quantized + 4 * kState);
+  EXPECT_GT(quantized, 0);
 }
 
 TEST(StageNeeds, SecondsAreOfWorkOrOfReadingWhicheverIsLonger) {

@@ -5,13 +5,11 @@
 #include <string>
 #include <utility>
 
+#include "model/gated_delta.h"
 #include "model/vision.h"
 
 namespace prismaquant {
 namespace {
-
-// Tokens that the chunked delta rule works on at a time (src/model/gated_delta.cc).
-constexpr double kDeltaChunk = 64;
 
 double Length(Part part, const Calibration& calibration, int64_t sequence) {
   if (part == Part::kVision) {
@@ -42,8 +40,8 @@ void AddMixer(const ModelConfig& config, bool recurrent, LayerShape& shape) {
   const auto value = static_cast<double>(config.linear_value_dim);
   shape.recurrent = heads * (2 * key + value);
   // Two systems within the chunk, two solves of it, and four products with the state.
-  shape.recurrent_flop =
-      heads * (kDeltaChunk * (4 * key + (key + value) + 2 * value) + 8 * key * value);
+  constexpr auto kChunk = static_cast<double>(kDeltaChunk);
+  shape.recurrent_flop = heads * (kChunk * (4 * key + (key + value) + 2 * value) + 8 * key * value);
 }
 
 void AddLinears(const Model& model, int layer, bool merger, LayerShape& shape) {
@@ -89,13 +87,13 @@ TokenLoad LoadOf(Part part, const Calibration& calibration) {
 
 double LayerShape::Weights() const {
   double sum = 0;
-  for (const LinearShape& linear : linears) sum += linear.weights();
+  for (const LinearLoad& linear : linears) sum += linear.weights();
   return sum;
 }
 
 double LayerShape::AllocatableWeights(bool experts) const {
   double sum = 0;
-  for (const LinearShape& linear : linears) {
+  for (const LinearLoad& linear : linears) {
     if (linear.allocatable && (experts || !linear.is_expert)) sum += linear.weights();
   }
   return sum;
@@ -103,13 +101,13 @@ double LayerShape::AllocatableWeights(bool experts) const {
 
 double LayerShape::LargestWeight() const {
   double largest = 0;
-  for (const LinearShape& linear : linears) largest = std::max(largest, linear.weights());
+  for (const LinearLoad& linear : linears) largest = std::max(largest, linear.weights());
   return largest;
 }
 
 double LayerShape::WeightsPerToken() const {
   double sum = 0;
-  for (const LinearShape& linear : linears) sum += linear.share * linear.weights();
+  for (const LinearLoad& linear : linears) sum += linear.share * linear.weights();
   return sum;
 }
 

@@ -18,7 +18,7 @@ struct TokenLoad {
 };
 TokenLoad LoadOf(Part part, const Calibration& calibration);
 
-struct LinearShape {
+struct LinearLoad {
   double out = 0, in = 0;
   double share = 1;  // of the layer's tokens that reach it
   bool allocatable = true, is_expert = false;
@@ -27,7 +27,7 @@ struct LinearShape {
 };
 
 struct LayerShape {
-  std::vector<LinearShape> linears;
+  std::vector<LinearLoad> linears;
   double stored = 0;          // bytes of all its tensors
   double hidden = 0;          // elements of a token's hidden state
   double width = 0;           // elements per token of all inputs and outputs of its Linears

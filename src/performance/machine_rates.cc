@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <functional>
 #include <system_error>
@@ -15,6 +16,7 @@
 #include "formats/torch_guard.h"
 #include "io/file_system.h"
 #include "kernels/gptq.h"
+#include "kernels/ops.h"
 #include "kernels/symmetric.h"
 
 namespace prismaquant {
@@ -70,10 +72,12 @@ void MeasureRounding(MachineRates& rates) {
   const at::Tensor u = at::eye(kBlockColumns);
   at::Tensor block = at::empty_like(source), error = at::empty_like(source);
   at::Tensor codes = at::empty(source.sizes(), at::kByte);
-  at::Tensor scale = at::empty({kBlockRows, kBlockColumns / 16}, at::kByte);
+  constexpr auto kGrid = ops::GptqGrid::kE2M1Group16;
+  at::Tensor scale = at::empty({kBlockRows, kBlockColumns / ops::GptqGroupSize(kGrid)}, at::kByte);
+  const double global_scale = ops::Nvfp4GlobalScale(1);
   rates.columns = Rate(static_cast<double>(source.numel()), [&] {
     block.copy_(source);
-    ops::GptqBlock(ops::GptqGrid::kE2M1Group16, block, u, scale, codes, error, 2688,
+    ops::GptqBlock(kGrid, block, u, scale, codes, error, global_scale,
                    /*choose_scales=*/true);
   });
 }
@@ -111,8 +115,8 @@ Result<double> StorageRate(const std::function<ssize_t()>& step, const std::func
   size_t bytes = 0;
   while (bytes < kStorageBytes && Since(start) < kStorageSeconds) {
     const ssize_t moved = step();
-    if (moved < 0) return Failed("measure its storage", path);
-    if (moved == 0) break;
+    if (moved < 0 && !(errno == ENOSPC && bytes > 0)) return Failed("measure its storage", path);
+    if (moved <= 0) break;
     bytes += static_cast<size_t>(moved);
   }
   if (finish() != 0) return Failed("sync", path);
@@ -138,10 +142,10 @@ Result<double> ReadRate(const Checkpoint& source) {
 }
 
 Result<double> WriteRate(const std::filesystem::path& scratch) {
-  const std::filesystem::path path = scratch / "rate.tmp";
+  const std::filesystem::path path = scratch / fmt::format(".prismaquant-rate-{}", ::getpid());
   Result<double> rate = 0.0;
   {
-    const OpenFile file(path, O_WRONLY | O_CREAT | O_TRUNC);
+    const OpenFile file(path, O_WRONLY | O_CREAT | O_EXCL);
     if (file.get() < 0) return Failed("create", path);
     const std::vector<char> chunk(kStorageChunk, 1);
     rate = StorageRate([&] { return ::write(file.get(), chunk.data(), chunk.size()); },

@@ -36,29 +36,35 @@ double Product(const at::Tensor& a, const at::Tensor& b) { return 2 * Elements(a
 // q [batch, heads, queries, size], k [batch, heads, keys, size]; scores and their mixture.
 double Attention(const at::Tensor& q, const at::Tensor& k) { return 4 * Elements(q) * Size(k, 2); }
 
-using Work = std::function<double(const std::vector<at::Tensor>&)>;
+struct Work {
+  size_t operands = 0;  // at least
+  std::function<double(const std::vector<at::Tensor>&)> flop;
+};
 
 const std::map<std::string_view, Work>& Works() {
   using List = std::vector<at::Tensor>;
   static const std::map<std::string_view, Work> works = {
-      {"aten::mm", [](const List& t) { return Product(t[0], t[1]); }},
-      {"aten::bmm", [](const List& t) { return Product(t[0], t[1]); }},
-      {"aten::addmm", [](const List& t) { return Product(t[1], t[2]); }},
-      {"aten::addmm_", [](const List& t) { return Product(t[1], t[2]); }},
-      {"aten::baddbmm", [](const List& t) { return Product(t[1], t[2]); }},
-      {"aten::baddbmm_", [](const List& t) { return Product(t[1], t[2]); }},
-      {"prismaquant::cholesky_", [](const List& t) { return Elements(t[0]) * Size(t[0], 1) / 3; }},
+      {"aten::mm", {2, [](const List& t) { return Product(t[0], t[1]); }}},
+      {"aten::bmm", {2, [](const List& t) { return Product(t[0], t[1]); }}},
+      {"aten::addmm", {3, [](const List& t) { return Product(t[1], t[2]); }}},
+      {"aten::addmm_", {3, [](const List& t) { return Product(t[1], t[2]); }}},
+      {"aten::baddbmm", {3, [](const List& t) { return Product(t[1], t[2]); }}},
+      {"aten::baddbmm_", {3, [](const List& t) { return Product(t[1], t[2]); }}},
+      {"prismaquant::cholesky_",
+       {1, [](const List& t) { return Elements(t[0]) * Size(t[0], 1) / 3; }}},
+      {"aten::cholesky_inverse",
+       {1, [](const List& t) { return 2 * Elements(t[0]) * Size(t[0], 1) / 3; }}},
       {"aten::linalg_solve_triangular",
-       [](const List& t) { return Elements(t[1]) * Size(t[0], 1); }},
-      {"aten::cholesky_solve", [](const List& t) { return 2 * Elements(t[0]) * Size(t[1], 1); }},
+       {2, [](const List& t) { return Elements(t[1]) * Size(t[0], 1); }}},
       {"aten::_scaled_dot_product_flash_attention_for_cpu",
-       [](const List& t) { return Attention(t[0], t[1]); }},
+       {2, [](const List& t) { return Attention(t[0], t[1]); }}},
       {"aten::_scaled_dot_product_flash_attention_for_cpu_backward",
-       [](const List& t) { return 2.5 * Attention(t[1], t[2]); }},
+       {3, [](const List& t) { return 2.5 * Attention(t[1], t[2]); }}},
       {"prismaquant::row_products",
-       [](const List& t) { return 2 * Elements(t[0]) * static_cast<double>(t.size() - 1); }},
+       {2, [](const List& t) { return 2 * Elements(t[0]) * static_cast<double>(t.size() - 1); }}},
       // Each column moves those of its block that come after it.
-      {"prismaquant::gptq_block", [](const List& t) { return Elements(t[0]) * Size(t[0], 1); }},
+      {"prismaquant::gptq_block",
+       {1, [](const List& t) { return Elements(t[0]) * Size(t[0], 1); }}},
   };
   return works;
 }
@@ -69,7 +75,7 @@ double OperatorFlop(const std::string& name, Values inputs) {
   const auto work = Works().find(name);
   if (work == Works().end()) return 0;
   const std::vector<at::Tensor> tensors = Tensors(inputs);
-  return tensors.size() < 2 && name != "prismaquant::cholesky_" ? 0 : work->second(tensors);
+  return tensors.size() < work->second.operands ? 0 : work->second.flop(tensors);
 }
 
 double TensorBytesOf(Values values) {

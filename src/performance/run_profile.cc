@@ -9,6 +9,8 @@
 #include <chrono>
 #include <fstream>
 #include <map>
+#include <span>
+#include <unordered_set>
 #include <utility>
 
 #include "base/progress.h"

@@ -3,8 +3,8 @@
 
 // RunProfile: what each stage of a run took, and, on demand, each kernel of it. Observes libtorch's
 // record functions on the thread that made it, until it is destroyed: a stage is a user scope
-// (RECORD_USER_SCOPE in the module that does the work), a kernel an operator, of libtorch or one of
-// torch.ops.prismaquant. One at a time, on the thread that runs the stages.
+// (RECORD_USER_SCOPE, by the command or the module that does the work), a kernel an operator, of
+// libtorch or one of torch.ops.prismaquant. One at a time, on the thread that runs the stages.
 
 #include <cstdint>
 #include <memory>

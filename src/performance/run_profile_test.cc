@@ -97,6 +97,8 @@ TEST(RunProfile, SeesNothingOnceItIsGone) {
 TEST(OperatorFlop, OfFactorsAndSolves) {
   const std::vector<c10::IValue> factor = {at::ones({30, 30})};
   EXPECT_EQ(OperatorFlop("prismaquant::cholesky_", factor), 30 * 30 * 30 / 3);
+  EXPECT_EQ(OperatorFlop("aten::cholesky_inverse", factor), 2 * 30 * 30 * 30 / 3);
+  EXPECT_EQ(OperatorFlop("aten::mm", factor), 0);
   const std::vector<c10::IValue> solve = {at::ones({10, 10}), at::ones({10, 4})};
   EXPECT_EQ(OperatorFlop("aten::linalg_solve_triangular", solve), 10 * 10 * 4);
   EXPECT_EQ(OperatorFlop("aten::add", solve), 0);

@@ -33,7 +33,8 @@ class MomentsRunner : public LinearRunner {
   void BeginSequence(int64_t sequence) { half_ = static_cast<size_t>(sequence % 2); }
   at::Tensor Apply(const LinearInfo& linear, const at::Tensor& x) override;
 
-  // The errors of the layer's Linears in every format with a grid that can hold them.
+  // The errors of the layer's Linears in each of `formats`, which must have grids, that can hold
+  // them.
   Result<LayerErrors> Errors(const std::vector<LinearInfo>& linears) const;
 
  private:

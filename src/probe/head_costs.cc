@@ -14,12 +14,6 @@
 namespace prismaquant {
 namespace {
 
-// Rows of the projection that are worked on at a time.
-constexpr int64_t kSliceRows = 8192;
-// Positions that are priced, spread evenly: they have labels of their own, so a cost's relative
-// standard error from them is the root of two over their number.
-constexpr int64_t kPricedPositions = 1024;
-
 // Of `count` positions, with what the softmax at each of them needs.
 struct Positions {
   at::Tensor x;                      // normed hidden states, float32 [count, hidden_size]
@@ -43,7 +37,7 @@ class HeadPricer {
         products_(products),
         sequences_(sequences) {
     scales_ = {.weight_amax = 0, .input_amax = LargestMagnitude(positions_.x)};
-    for (const at::Tensor& rows : weight.split(kSliceRows)) {
+    for (const at::Tensor& rows : weight.split(kHeadSliceRows)) {
       scales_.weight_amax = std::max(scales_.weight_amax, LargestMagnitude(rows));
     }
     const auto count = static_cast<int64_t>(positions_.sequence_of.size());
@@ -61,8 +55,8 @@ class HeadPricer {
 
   HeadStatistics Run() {
     Progress progress("probe, lm_head", linear_.out, "rows");
-    for (int64_t row = 0; row < linear_.out; row += kSliceRows) {
-      const int64_t rows = std::min(kSliceRows, linear_.out - row);
+    for (int64_t row = 0; row < linear_.out; row += kHeadSliceRows) {
+      const int64_t rows = std::min(kHeadSliceRows, linear_.out - row);
       PriceSlice(row, weight_.narrow(0, row, rows));
       progress.Advance(rows);
     }
@@ -115,7 +109,7 @@ class HeadPricer {
   }
 
   // a b, and its inner product with the rows of c: float64 [positions].
-  at::Tensor RowProducts(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) const {
+  at::Tensor ProductWithRows(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) const {
     return (at::matmul(a, b) * c).sum(-1, false, at::kFloat).to(at::kDouble);
   }
 
@@ -136,7 +130,7 @@ class HeadPricer {
         x = x + priced.activation_error;
         priced.sums += (passed_on * priced.activation_error).sum(-1).to(at::kDouble);
       }
-      priced.sums += RowProducts(g, found.error, x);
+      priced.sums += ProductWithRows(g, found.error, x);
     }
   }
 

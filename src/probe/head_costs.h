@@ -4,8 +4,9 @@
 // Statistics and costs of the output projection, which is too wide for a gradient matrix per
 // sequence: the gradient at its output is softmax(logits) - onehot(label), so
 // s_nf = sum_t <g_t, W_f Q_f(x_t) - W x_t> is taken from the logits themselves, slice by slice of
-// the vocabulary, at no more than 1024 positions of the text windows, which stand for all.
+// the vocabulary, at no more than kPricedPositions of the text windows, which stand for all.
 
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -19,6 +20,12 @@
 #include "store/run_store.h"
 
 namespace prismaquant {
+
+// Rows of the projection that are worked on at a time.
+inline constexpr int64_t kHeadSliceRows = 8192;
+// Positions that are priced at most, spread evenly: they have labels of their own, so a cost's
+// relative standard error from them is the root of two over their number.
+inline constexpr int64_t kPricedPositions = 1024;
 
 struct HeadStatistics {
   LinearStats stats;

@@ -8,8 +8,6 @@
 namespace prismaquant {
 namespace {
 
-// Elements of the logits that one product makes, and of those that are worked on in float32.
-constexpr int64_t kProductElements = 160'000'000, kBlockElements = 4'000'000;
 constexpr int64_t kLargestBlock = 512;  // positions
 // Set in the streams of the MTP head's labels.
 constexpr uint64_t kMtpStreams = uint64_t{1} << 40;
@@ -21,7 +19,7 @@ uint64_t SplitMix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// How many of `elements` per position make a block of positions.
+// Positions whose logits have about `elements` elements, at most kLargestBlock.
 int64_t BlockOf(int64_t elements, int64_t vocab_size) {
   return std::clamp<int64_t>(elements / vocab_size, 1, kLargestBlock);
 }
@@ -54,7 +52,7 @@ class LossSum {
   // them, softmax - onehot(label), in their dtype.
   at::Tensor Add(const at::Tensor& logits, int64_t first) {
     at::Tensor gradient = at::empty_like(logits);
-    const int64_t block = BlockOf(kBlockElements, logits.size(1));
+    const int64_t block = BlockOf(kLogitBlockElements, logits.size(1));
     for (int64_t row = 0; row < logits.size(0); row += block) {
       const int64_t count = std::min(block, logits.size(0) - row);
       gradient.narrow(0, row, count)
@@ -118,7 +116,7 @@ SequenceLoss LossAndGradient(const OutputHead& head, const at::Tensor& hidden,
                              const ProbeOptions& options) {
   LossSum sum(ids, span, options);
   at::Tensor gradient = at::zeros_like(hidden);
-  const int64_t block = BlockOf(kProductElements, head.vocab_size());
+  const int64_t block = BlockOf(kLogitProductElements, head.vocab_size());
   for (int64_t first = span.begin; first < span.end; first += block) {
     const int64_t count = std::min(block, span.end - first);
     const at::Tensor x = hidden.narrow(0, first, count).detach().requires_grad_(true);

@@ -15,6 +15,9 @@
 
 namespace prismaquant {
 
+// Elements of the logits that one product makes, and of those that are worked on in float32.
+inline constexpr int64_t kLogitProductElements = 160'000'000, kLogitBlockElements = 4'000'000;
+
 // Where a sequence has a loss.
 struct LossSpan {
   int64_t begin = 0, end = 0;  // positions

@@ -69,9 +69,4 @@ Result<std::vector<PassFormats>> PlanPasses(RunStore& store,
   return planned;
 }
 
-Result<bool> IsProbed(RunStore& store) {
-  PQ_ASSIGN_OR_RETURN(const auto note, store.Note(kProbedNote));
-  return note.has_value();
-}
-
 }  // namespace prismaquant

@@ -326,6 +326,11 @@ Status RunPasses(const Model& model, const Calibration& calibration, const Probe
 
 }  // namespace
 
+Result<bool> IsProbed(RunStore& store) {
+  PQ_ASSIGN_OR_RETURN(const auto note, store.Note(kProbedNote));
+  return note.has_value();
+}
+
 std::string TokenWeightBlob(int64_t layer) { return fmt::format("token_weight/{}", layer); }
 
 Result<std::map<std::string, at::Tensor>> LoadTokenWeights(const RunStore& store, int64_t layer) {

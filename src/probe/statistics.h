@@ -40,7 +40,8 @@ class ActivationErrors {
  public:
   // Makes x [tokens, in] the input. Returns it in float32.
   const at::Tensor& SetInput(const at::Tensor& x);
-  // The input's error in a format that quantizes activations and can hold the Linear that reads it.
+  // The input's error in a format that quantizes activations and can hold the Linear that reads it;
+  // `scales` are any reader's, since their input_amax is one.
   const at::Tensor& Error(const Format& format, const SharedScales& scales);
 
  private:

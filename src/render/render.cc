@@ -23,9 +23,8 @@
 namespace prismaquant {
 namespace {
 
-// One sequence in this many, at least one of so few, is kept out of the Hessian and judges the
-// result.
-constexpr size_t kHeldOutEvery = 8, kFewestSequences = 4;
+// None of fewer sequences is held out.
+constexpr size_t kFewestSequences = 4;
 
 bool IsHeldOut(size_t sequence, size_t count) {
   const size_t every = std::min(kHeldOutEvery, count);

@@ -7,6 +7,7 @@
 // (docs/rendering.md). Every finished layer is committed to the run store; memory holds one layer
 // and the calibration's activations of one stage.
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -20,6 +21,10 @@
 #include "store/run_store.h"
 
 namespace prismaquant {
+
+// One sequence in so many, at least one of so few, is kept out of the Hessian and judges the
+// result.
+inline constexpr size_t kHeldOutEvery = 8;
 
 enum class RenderMode {
   kRtn,   // round to nearest, as compressed-tensors
@@ -53,9 +58,9 @@ Result<std::map<std::string, StoredTensors>> RenderedLayer(const RunStore& store
                                                            const std::string& key, int layer);
 
 // What rendering did to each Linear: {"<name>": {"format", "rendered" ("gptq", "rtn", or
-// "rtn+scales" for an expert that saw too few tokens), "error_ratio", "tokens"}}. error_ratio:
-// held-out output error relative to round-to-nearest; absent without a held-out sequence. tokens:
-// of experts.
+// "rtn+scales" for an expert that saw too few tokens), "error_ratio", "weight_error_ratio",
+// "tokens"}}. The ratios: GptqResult's, on held-out sequences; absent without any. tokens: of
+// experts.
 Result<Json> RenderReport(RunStore& store, const std::string& key, int64_t layers);
 
 // Frees the store of a rendering that has been exported: its tensors and its marks. What

@@ -23,8 +23,8 @@ class InputSet {
   explicit InputSet(std::vector<at::Tensor> inputs);
   double amax() const { return amax_; }  // largest |x|; 0 if there are no tokens
   int64_t tokens() const { return tokens_; }
-  const std::vector<at::Tensor>& Plain() const { return inputs_; }
-  // As the format's product sees them. Made at the first call for a format.
+  // As the format's product sees them. Made at the first call for a format; `scales` are any
+  // reader's, since their input_amax is one.
   const std::vector<at::Tensor>& For(const Format& format, const SharedScales& scales);
   bool IsSame(const std::vector<at::Tensor>& inputs) const;
 

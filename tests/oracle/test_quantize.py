@@ -255,6 +255,9 @@ def test_changed_weights_are_found_by_their_hash(tmp_path):
     run("probe", source, *work[:2], *QUICK)
     said = run("probe", source, *work, *QUICK, expect=2).stderr
     assert "the weights have SHA-256" in said and "expected" in said and str(source) in said
+    run("probe", source, "--work", tmp_path / "other", *QUICK)
+    said = run("probe", source, "--work", tmp_path / "other", "--check-hash", *QUICK, expect=2).stderr
+    assert "was begun without it" in said and str(tmp_path / "other") in said
 
 
 def test_without_calibration_the_bundled_text_is_taken(tmp_path):

@@ -1,0 +1,81 @@
+#include "cli/stored_pass.h"
+
+#include <fmt/format.h>
+#include <torch/torch.h>
+
+#include <vector>
+
+#include "base/sha256.h"
+#include "formats/format.h"
+#include "formats/tensor_bytes.h"
+#include "formats/torch_guard.h"
+
+namespace prismaquant {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr char kFolder[] = "evaluate";
+constexpr auto kInterval = std::chrono::seconds(60);
+// Tensors of the blob: how many layers are finished, and by sequence and layer what they left.
+constexpr char kLayers[] = "layers";
+
+std::string HiddenName(size_t sequence) { return fmt::format("hidden.{}", sequence); }
+std::string RoutingName(size_t layer) { return fmt::format("routing.{}", layer); }
+
+// The tensors of these names from the first on, as long as there are any.
+template <typename Name>
+std::vector<at::Tensor> Numbered(const SafetensorsFile& file, Name name) {
+  std::vector<at::Tensor> tensors;
+  while (const TensorView* view = file.Find(name(tensors.size()))) {
+    tensors.push_back(TensorFromView(*view).clone());
+  }
+  return tensors;
+}
+
+}  // namespace
+
+StoredPass::StoredPass(RunStore& store, const std::string& identity)
+    : store_(store),
+      blob_(fmt::format("{}/{}", kFolder, Sha256Hex(identity).substr(0, 16))),
+      kept_(Clock::now()) {}
+
+Result<std::optional<PassState>> StoredPass::Load() {
+  if (!store_.HasBlob(blob_)) return std::optional<PassState>();
+  PassState state;
+  PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store_.Blob(blob_));
+  const TensorView* layers = file.Find(kLayers);
+  if (layers == nullptr || layers->dtype != DType::kI64 || layers->elements() != 1) {
+    return Status::InvalidInput(
+        fmt::format("{}: {}: no number of layers, expected one I64; remove the blob",
+                    store_.folder().string(), blob_));
+  }
+  state.layers = TensorFromView(*layers).item<int64_t>();
+  state.outputs.hidden = Numbered(file, HiddenName);
+  state.outputs.routing = Numbered(file, RoutingName);
+  return std::optional(std::move(state));
+}
+
+Status StoredPass::Keep(const PassState& state, bool now) {
+  if (!now && Clock::now() - kept_ < kInterval) return {};
+  std::vector<at::Tensor> tensors = {at::full({1}, state.layers, at::kLong)};
+  std::vector<std::string> names = {kLayers};
+  for (const at::Tensor& hidden : state.outputs.hidden) {
+    names.push_back(HiddenName(tensors.size() - 1));
+    tensors.push_back(hidden.contiguous());
+  }
+  for (size_t layer = 0; layer < state.outputs.routing.size(); ++layer) {
+    names.push_back(RoutingName(layer));
+    tensors.push_back(state.outputs.routing[layer].contiguous());
+  }
+  std::vector<BlobTensor> blob;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    blob.push_back({{names[i], FromScalarType(tensors[i].scalar_type()), tensors[i].sizes().vec()},
+                    TensorBytes(tensors[i])});
+  }
+  PQ_RETURN_IF_ERROR(store_.PutBlob(blob_, blob));
+  kept_ = Clock::now();
+  return {};
+}
+
+}  // namespace prismaquant
