@@ -32,7 +32,6 @@ target_link_options(pq_torch INTERFACE -Wl,--allow-shlib-undefined)
 
 find_package(nlohmann_json REQUIRED)
 find_package(fmt REQUIRED)
-find_package(spdlog REQUIRED)
 find_package(CLI11 REQUIRED)
 find_package(SQLite3 REQUIRED)
 find_package(Threads REQUIRED)

@@ -7,7 +7,7 @@ scripts/setup.sh lint
 if (($#)); then
   sources=("$@")
 else
-  mapfile -t sources < <(git ls-files 'src/*.cc' 'kernels/*.cc' 'tests/*.cc')
+  mapfile -t sources < <(git ls-files 'src/*.cc' 'kernels/*.cc' 'tests/*.cc' 'bench/*.cc')
 fi
 mapfile -t formatted < <((($#)) && printf '%s\n' "$@" || git ls-files '*.cc' '*.h')
 clang-format --dry-run -Werror "${formatted[@]}"

@@ -7,7 +7,7 @@
 
 readonly TORCH=2.13.0
 packages=(make cmake ninja-build ccache g++ pkg-config python3-venv nlohmann-json3-dev libcli11-dev libfmt-dev
-  libspdlog-dev libsqlite3-dev libpcre2-dev libutf8proc-dev libstb-dev libgtest-dev libgmock-dev
+  libsqlite3-dev libpcre2-dev libutf8proc-dev libstb-dev libgtest-dev libgmock-dev
   libssl-dev)
 
 as_root() {
