@@ -3,7 +3,7 @@
 . "$(dirname "$0")/common.sh"
 
 scripts/setup.sh lint
-[[ -f build/compile_commands.json ]] || scripts/build.sh
+grep -qs bench/allocate_bench.cc build/compile_commands.json || scripts/build.sh
 if (($#)); then
   sources=("$@")
 else

@@ -2,7 +2,7 @@
 # Installs what building needs, and only what is missing: Debian packages and the virtual environment .venv with torch.
 # usage: setup.sh [test] [lint]
 #   test   also .venv-test, the environment of the tests' oracles
-#   lint   also clang-format and clang-tidy
+#   lint   also clang-format, clang-tidy and what the benchmarks include
 . "$(dirname "$0")/common.sh"
 
 readonly TORCH=2.13.0
@@ -63,7 +63,7 @@ with_test=0
 for argument in "$@"; do
   case $argument in
     test) with_test=1 ;;
-    lint) packages+=(clang-format clang-tidy) ;;
+    lint) packages+=(clang-format clang-tidy libbenchmark-dev) ;;
     *) die "$argument: expected test or lint" ;;
   esac
 done

@@ -2,8 +2,8 @@
 #define PRISMAQUANT_CLI_DELIVERY_H_
 
 // Delivery: from a plan to a checkpoint folder with its record and model card. The folder's
-// contents depend on the source, the calibration and the settings alone, never on times or on how
-// often the run was interrupted.
+// contents depend on the source, the calibration and the settings, and through the last bits of
+// matrix products on the machine, never on times or on how often the run was interrupted.
 //
 // OUT/prismaquant.json carries the key of the run that made it, so that a repeated command
 // recognises its own finished export and goes on behind it.
@@ -35,7 +35,7 @@ struct Delivery {
   std::optional<Validation> validation;  // by which the plan was chosen
 };
 
-// Identifies a delivery: two with the same key give the same bytes.
+// Identifies a delivery: two with the same key give the same bytes on one machine.
 std::string DeliveryKey(const Session& session, const Delivery& delivery);
 
 // Whether OUT is what this delivery makes. OUT existing otherwise, without overwrite, is

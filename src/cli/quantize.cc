@@ -85,6 +85,10 @@ Result<PlannedAllocation> PlanUniform(const QuantizeFlags& flags, Session& sessi
 // Refuses what no costs could make possible, before hours are spent on them: rules that match
 // nothing, a budget below the smallest.
 Status CheckPlan(const QuantizeFlags& flags, Session& session) {
+  if (flags.validate > 0 && session.labels() != LabelRule::kSampled) {
+    return Status::InvalidInput(
+        "--validate: with --labels data there is no predicted KL to compare with");
+  }
   if (!flags.uniform.empty()) return PlanUniform(flags, session).status();
   PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(flags.plan, /*with_costs=*/false));
   PQ_ASSIGN_OR_RETURN(const Budget budget,
@@ -171,11 +175,12 @@ Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& ses
                const Delivery& delivery, Json& json) {
   const std::string measured_on =
       data.text.fingerprint + (data.captions.empty() ? "" : CaptionsFingerprint(data.captions));
+  PQ_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(delivery.out));
+  PQ_ASSIGN_OR_RETURN(const std::string fingerprint, checkpoint.Fingerprint());
   StoredPass source_pass(session.store(), session.identity().at("source") + measured_on);
-  StoredPass pass(session.store(), DeliveryKey(session, delivery) + measured_on);
+  StoredPass pass(session.store(), fingerprint + measured_on);
   Evaluation evaluation;
   PQ_RETURN_IF_ERROR(session.Timed("evaluate", [&]() -> Status {
-    PQ_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(delivery.out));
     PQ_ASSIGN_OR_RETURN(const auto source, Model::Open(session.checkpoint()));
     PQ_ASSIGN_OR_RETURN(const auto quantized, Model::Open(checkpoint));
     PQ_ASSIGN_OR_RETURN(evaluation, Evaluate(*source, *quantized, data, {.dtype = at::kFloat},
@@ -186,8 +191,6 @@ Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& ses
   const std::string name = CalibrationName(own ? flags.calibration.file : flags.eval_text);
   PQ_RETURN_IF_ERROR(
       RecordEvaluation(session, delivery, evaluation, own ? name + ", last tenth" : name));
-  PQ_RETURN_IF_ERROR(source_pass.Drop());
-  PQ_RETURN_IF_ERROR(pass.Drop());
   if (flags.json != "-") PrintEvaluation(evaluation, delivery.predicted);
   json["evaluation"] = evaluation.ToJson(delivery.predicted.text);
   return {};
@@ -210,6 +213,7 @@ Result<RunSettings> Settings(const QuantizeFlags& flags, Session& session,
   }
   if (flags.uniform == SourceFormat().name()) settings.rendering.mode = RenderMode::kRtn;
   if (!flags.no_eval) settings.evaluation_tokens = flags.eval_tokens;
+  settings.evaluation_window = kEvaluationWindow;
   settings.validated_plans = flags.validate;
   settings.validation_tokens = kValidationTokens;
   return settings;
@@ -268,10 +272,6 @@ Status RunQuantize(const QuantizeFlags& flags) {
                     .command = ReproducingCommand(flags),
                     .calibration = CalibrationName(flags.calibration.file),
                     .render = rendering};
-  if (flags.validate > 0 && session->labels() != LabelRule::kSampled) {
-    return Status::InvalidInput(
-        "--validate: with --labels data there is no predicted KL to compare with");
-  }
   PQ_RETURN_IF_ERROR(session->Smooth());
   if (flags.uniform.empty()) {
     const std::vector<std::string> formats = AdmittedFormats(flags.plan);
@@ -293,6 +293,7 @@ Status RunQuantize(const QuantizeFlags& flags) {
   if (delivery.validation) json["validation"] = delivery.validation->ToJson();
   if (flags.json != "-") PQ_RETURN_IF_ERROR(PrintResult(*session, delivery));
   if (!flags.no_eval) PQ_RETURN_IF_ERROR(Measure(held_out, flags, *session, delivery, json));
+  PQ_RETURN_IF_ERROR(StoredPass::DropAll(session->store()));
   if (flags.json != "-") {
     PrintProfile(session->profile(), session->is_fresh() ? &forecast : nullptr, flags.run.profile);
   }

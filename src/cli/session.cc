@@ -207,15 +207,15 @@ Status Session::ReadCalibration(const CalibrationFlags& flags) {
 }
 
 Status Session::CheckContent() {
-  PQ_ASSIGN_OR_RETURN(const std::string hash, checkpoint_->ContentHash());
   PQ_ASSIGN_OR_RETURN(const auto known, store_->Note(kContentNote));
-  if (!known) {
-    PQ_ASSIGN_OR_RETURN(const auto stages, store_->Stages());
-    if (stages.empty()) return store_->PutNote(kContentNote, hash);
+  PQ_ASSIGN_OR_RETURN(const auto begun, store_->Note(kSourceNote));
+  if (!known && begun) {
     return Status::InvalidInput(fmt::format(
         "--check-hash: the run store {} was begun without it and has no hash to compare {} with",
         store_->folder().string(), checkpoint_->folder().string()));
   }
+  PQ_ASSIGN_OR_RETURN(const std::string hash, checkpoint_->ContentHash());
+  if (!known) return store_->PutNote(kContentNote, hash);
   if (*known == hash) return {};
   return Status::InvalidInput(
       fmt::format("{}: the weights have SHA-256 {}, expected {} as when the run store {} was made",

@@ -133,7 +133,8 @@ class Session {
   explicit Session(RunProfile::Detail detail) : profile_(detail) {}
   Status OpenSource(const std::filesystem::path& source);
   Status ReadCalibration(const CalibrationFlags& flags);
-  // The source has the bytes that it had when this was first called for the store.
+  // The source has the bytes that it had when the store was begun. Comes before kSourceNote, which
+  // ends that beginning.
   Status CheckContent();
   // Bytes of the checkpoint's files outside these units.
   Result<int64_t> FixedBytes(const std::vector<UnitCosts>& units) const;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/sha256.h"
+#include "base/version.h"
 #include "formats/format.h"
 #include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
@@ -35,9 +36,11 @@ std::vector<at::Tensor> Numbered(const SafetensorsFile& file, Name name) {
 
 }  // namespace
 
+Status StoredPass::DropAll(RunStore& store) { return store.RemoveBlobs(kFolder); }
+
 StoredPass::StoredPass(RunStore& store, const std::string& identity)
     : store_(store),
-      blob_(fmt::format("{}/{}", kFolder, Sha256Hex(identity).substr(0, 16))),
+      blob_(fmt::format("{}/{}", kFolder, Sha256Hex(kVersion + identity).substr(0, 16))),
       kept_(Clock::now()) {}
 
 Result<std::optional<PassState>> StoredPass::Load() {

@@ -23,6 +23,8 @@ class StoredPass : public PassKeeper {
   Status Keep(const PassState& state, bool now) override;
   // Forgets the pass, once its result is known.
   Status Drop() { return store_.RemoveBlob(blob_); }
+  // Forgets all passes.
+  static Status DropAll(RunStore& store);
 
  private:
   RunStore& store_;

@@ -66,6 +66,7 @@ class Validator {
       PQ_ASSIGN_OR_RETURN(measured, Measure(formats, point.rendering));
       const Json json = {{"kl", measured.kl}, {"kl_stderr", measured.kl_stderr}};
       PQ_RETURN_IF_ERROR(session_.store().PutNote(note, json.dump()));
+      PQ_RETURN_IF_ERROR(PassOf(point.rendering).Drop());
     } else {
       PQ_ASSIGN_OR_RETURN(const Json json, ParseJson(*noted, note));
       measured = {.kl = json["kl"].get<double>(), .kl_stderr = json["kl_stderr"].get<double>()};
@@ -79,14 +80,12 @@ class Validator {
     return DropRendering(session_.store(), point.rendering);
   }
 
-  // Frees the store of what measuring further points would need.
-  Status Finish() { return SourcePass().Drop(); }
-
   const std::vector<ValidatedPlan>& points() const { return points_; }
 
  private:
-  StoredPass SourcePass() {
-    return {session_.store(), session_.identity().at("source") + text_.fingerprint};
+  // Of the source, by its fingerprint, or of a plan, by its rendering.
+  StoredPass PassOf(const std::string& model) {
+    return {session_.store(), model + text_.fingerprint};
   }
 
   Result<MeasuredKl> Measure(const FormatChoice& formats, const std::string& key) {
@@ -96,16 +95,16 @@ class Validator {
     PQ_RETURN_IF_ERROR(session_.Timed("validate", [&]() -> Status {
       if (meter_ == nullptr) {
         PQ_ASSIGN_OR_RETURN(source_, Model::Open(session_.checkpoint()));
-        StoredPass pass = SourcePass();
+        StoredPass pass = PassOf(session_.identity().at("source"));
         PQ_ASSIGN_OR_RETURN(meter_, KlMeter::Make(*source_, text_, compute, &pass));
       }
-      StoredPass pass(session_.store(), key + text_.fingerprint);
+      StoredPass pass = PassOf(key);
       PQ_ASSIGN_OR_RETURN(
           measured, meter_->Measure(
                         session_.model(),
                         RenderedLinears(session_.model(), formats, session_.store(), key, compute),
                         fmt::format("validate, plan {}", points_.size() + 1), &pass));
-      return pass.Drop();
+      return {};
     }));
     return measured;
   }
@@ -252,11 +251,8 @@ Result<Validation> Validate(Session& session, const Planner& planner, const Chos
                             int count) {
   Validator validator(session, options, text);
   const bool limited = chosen.plan.budget.kind == Budget::Kind::kMaxKl;
-  PQ_ASSIGN_OR_RETURN(Validation validation,
-                      limited ? HoldLimit(validator, session.model(), planner, chosen.plan, count)
-                              : MeasureSweep(validator, chosen, knee, count));
-  PQ_RETURN_IF_ERROR(validator.Finish());
-  return validation;
+  return limited ? HoldLimit(validator, session.model(), planner, chosen.plan, count)
+                 : MeasureSweep(validator, chosen, knee, count);
 }
 
 void PrintValidation(const Validation& validation) {

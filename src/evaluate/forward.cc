@@ -22,7 +22,7 @@ Status RunPart(const Model& model, const PartLayers& part, const LayerLinears& l
   progress.Skip(state.layers);
   for (int layer = part.first + static_cast<int>(state.layers); layer < part.end; ++layer) {
     if (const Status asked = CheckInterrupted(); !asked.ok()) {
-      if (keeper != nullptr) PQ_RETURN_IF_ERROR(keeper->Keep(state, /*now=*/true));
+      if (keeper != nullptr) static_cast<void>(keeper->Keep(state, /*now=*/true));
       return asked;
     }
     const LayerPages pages(model, layer, layer + 1);

@@ -34,7 +34,6 @@ constexpr double kFloat = 4;            // bytes
 constexpr double kLossBlockBytes = 40;  // per element of the logits worked on at a time
 // Of the logits of the two models that are compared (src/evaluate/score.cc).
 constexpr double kScoreBlock = 8e6, kScoreBlockBytes = 50;
-constexpr double kEvaluationWindow = 512;  // tokens
 // Of the rates that a moment reaches, what hours do.
 constexpr double kSustained = 0.88;
 
@@ -69,19 +68,15 @@ class Forecaster {
       stages.push_back(HeadStage());
       stages.push_back(BackwardStage());
     }
-    const auto plans = static_cast<double>(settings_.validated_plans);
-    if (settings_.render) {
-      // The chosen plan is one of those that were rendered to be measured.
-      stages.push_back(RenderStage().Times(std::max(plans, 1.0)));
-      // All plans against one pass of the source, where an evaluation is one against one.
-      if (plans > 0) {
-        stages.push_back(
-            EvaluationStage("validate", settings_.validation_tokens).Times((plans + 1) / 2));
-      }
-      stages.push_back(ExportStage());
+    if (settings_.render && settings_.validated_plans > 0) {
+      AddValidation(stages);
+    } else if (settings_.render) {
+      stages.push_back(RenderStage());
     }
+    if (settings_.render) stages.push_back(ExportStage());
     if (settings_.evaluation_tokens > 0) {
       stages.push_back(EvaluationStage("evaluate", settings_.evaluation_tokens));
+      stages.back().stored += WrittenBytes();
     }
     return stages;
   }
@@ -342,6 +337,18 @@ class Forecaster {
     return bytes;
   }
 
+  // All plans are rendered, at most one of them kept beside the one at hand, and measured against
+  // one pass of the source, where an evaluation is one against one.
+  void AddValidation(std::vector<StageNeeds>& stages) const {
+    const auto plans = static_cast<double>(settings_.validated_plans);
+    const double kept = plans > 1 ? QuantizedBytes() : 0;
+    stages.push_back(RenderStage().Times(plans));
+    stages.back().stored += kept;
+    stages.push_back(
+        EvaluationStage("validate", settings_.validation_tokens).Times((plans + 1) / 2));
+    stages.back().stored += QuantizedBytes() + kept;
+  }
+
   double QuantizedBytes() const {
     double weights = 0;
     for (const PartShape& part : parts_) {
@@ -383,7 +390,8 @@ class Forecaster {
   StageNeeds EvaluationStage(const char* stage, int64_t count) const {
     StageNeeds needs{.stage = stage};
     const auto tokens = static_cast<double>(count);
-    const double window = kEvaluationWindow;
+    needs.stored = 2 * tokens * hidden_ * kFloat;  // both passes, as they are kept
+    const auto window = static_cast<double>(settings_.evaluation_window);
     const TokenLoad load{.sequences = tokens / window,
                          .tokens = tokens,
                          .longest = window,

@@ -25,7 +25,8 @@ struct RunSettings {
   RenderOptions rendering;
   double bits = 5.5;              // of a quantized weight, for what is written
   int64_t evaluation_tokens = 0;  // no evaluation: 0
-  int64_t validated_plans = 0;    // each rendered, and measured on as many tokens as are there
+  int64_t evaluation_window = 1;
+  int64_t validated_plans = 0;  // each rendered, and measured on as many tokens as are there
   int64_t validation_tokens = 0;
 };
 

@@ -87,6 +87,7 @@ TEST_F(ForecastTest, TwiceTheSequencesIsTwiceTheWorkOfTokens) {
 TEST_F(ForecastTest, ValidatingRendersAndMeasuresEachPlan) {
   RunSettings settings = Settings();
   settings.evaluation_tokens = settings.validation_tokens = 64;
+  settings.evaluation_window = 16;
   std::map<std::string, StageNeeds> once, validating;
   for (const StageNeeds& stage : Forecast(tiny_.model(), tiny_.calibration(), settings)) {
     once[stage.stage] = stage;
@@ -100,6 +101,10 @@ TEST_F(ForecastTest, ValidatingRendersAndMeasuresEachPlan) {
   EXPECT_DOUBLE_EQ(validating.at("render").resident, once.at("render").resident);
   EXPECT_DOUBLE_EQ(validating.at("validate").Flop(), 2 * once.at("evaluate").Flop());
   EXPECT_DOUBLE_EQ(validating.at("export").written, once.at("export").written);
+  const double quantized = once.at("export").stored - once.at("export").written;
+  EXPECT_DOUBLE_EQ(validating.at("render").stored, once.at("render").stored + quantized);
+  EXPECT_DOUBLE_EQ(once.at("evaluate").stored, once.at("export").written + 2 * 64 * 64 * 4);
+  EXPECT_DOUBLE_EQ(validating.at("validate").stored, 2 * quantized + 2 * 64 * 64 * 4);
 }
 
 TEST_F(ForecastTest, ReadsEachLayerOncePerSweep) {

@@ -143,17 +143,12 @@ Result<double> ReadRate(const Checkpoint& source) {
 
 Result<double> WriteRate(const std::filesystem::path& scratch) {
   const std::filesystem::path path = scratch / fmt::format(".prismaquant-rate-{}", ::getpid());
-  Result<double> rate = 0.0;
-  {
-    const OpenFile file(path, O_WRONLY | O_CREAT | O_EXCL);
-    if (file.get() < 0) return Failed("create", path);
-    const std::vector<char> chunk(kStorageChunk, 1);
-    rate = StorageRate([&] { return ::write(file.get(), chunk.data(), chunk.size()); },
-                       [&] { return ::fdatasync(file.get()); }, path);
-  }
-  std::error_code error;
-  std::filesystem::remove(path, error);
-  return rate;
+  const OpenFile file(path, O_WRONLY | O_CREAT | O_EXCL);
+  if (file.get() < 0) return Failed("create", path);
+  ::unlink(path.c_str());  // it lives as long as it is open
+  const std::vector<char> chunk(kStorageChunk, 1);
+  return StorageRate([&] { return ::write(file.get(), chunk.data(), chunk.size()); },
+                     [&] { return ::fdatasync(file.get()); }, path);
 }
 
 }  // namespace
