@@ -64,8 +64,7 @@ Result<TokenWindows> ReadWindows(const Flags& flags, const Tokenizer& tokenizer,
 
 Json MeasuredIdentity(const Flags& flags, const TokenWindows& calibration) {
   const auto name = [](const std::string& path) {
-    const std::filesystem::path plain = std::filesystem::path(path).lexically_normal();
-    return (plain.has_filename() ? plain : plain.parent_path()).filename().string();
+    return WithoutSeparator(std::filesystem::path(path).lexically_normal()).filename().string();
   };
   return {{"source", name(flags.source)},
           {"calibration", calibration.fingerprint},

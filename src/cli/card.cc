@@ -5,6 +5,7 @@
 #include "cli/delivery.h"
 #include "export/model_card.h"
 #include "export/summary.h"
+#include "io/file_system.h"
 
 namespace prismaquant {
 namespace {
@@ -28,12 +29,11 @@ Result<std::string> MakeCard(const Session& session, const Delivery& delivery,
                              const Evaluation* evaluation, const std::string& text_name) {
   const Checkpoint& source = session.checkpoint();
   const std::map<std::string, std::string>& run = session.identity();
-  const std::filesystem::path folder =
-      source.folder().has_filename() ? source.folder() : source.folder().parent_path();
   ModelCard card;
-  card.name = delivery.out.has_filename() ? delivery.out.filename().string()
-                                          : delivery.out.parent_path().filename().string();
-  card.base_model = delivery.base_model.empty() ? folder.filename().string() : delivery.base_model;
+  card.name = delivery.out.filename().string();
+  card.base_model = delivery.base_model.empty()
+                        ? WithoutSeparator(source.folder()).filename().string()
+                        : delivery.base_model;
   card.license = SourceLicense(source.folder());
   PQ_ASSIGN_OR_RETURN(card.summary,
                       SummarizePlan(session.model(), delivery.formats, delivery.plan.file_bytes));

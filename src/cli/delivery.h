@@ -20,7 +20,7 @@ namespace prismaquant {
 
 // What is delivered and what the record says of it.
 struct Delivery {
-  std::filesystem::path out;
+  std::filesystem::path out;  // without a separator at its end
   bool overwrite = false;
   std::string base_model;   // name in the card; the source folder's name if empty
   std::string command;      // how to make it again, for the card

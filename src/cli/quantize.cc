@@ -14,6 +14,7 @@
 #include "cli/validate.h"
 #include "data/bundled_text.h"
 #include "export/exporter.h"
+#include "io/file_system.h"
 
 namespace prismaquant {
 namespace {
@@ -35,8 +36,7 @@ constexpr int64_t kValidationTokens = 8192;  // that plans are chosen by
 // The command line that makes the same checkpoint, without paths of this machine.
 std::string ReproducingCommand(const QuantizeFlags& flags) {
   const auto name = [](const std::string& path) {
-    const std::filesystem::path whole = path;
-    return (whole.has_filename() ? whole : whole.parent_path()).filename().string();
+    return WithoutSeparator(path).filename().string();
   };
   std::string text = "prismaquant quantize SRC OUT";
   if (!flags.calibration.file.empty()) text += " --calibration " + name(flags.calibration.file);
@@ -83,18 +83,23 @@ Result<PlannedAllocation> PlanUniform(const QuantizeFlags& flags, Session& sessi
 }
 
 // Refuses what no costs could make possible, before hours are spent on them: rules that match
-// nothing, a budget below the smallest.
-Status CheckPlan(const QuantizeFlags& flags, Session& session) {
+// nothing, a budget below the smallest. Returns the bits of a quantized weight, as far as they are
+// known without costs.
+Result<double> CheckPlan(const QuantizeFlags& flags, Session& session) {
   if (flags.validate > 0 && session.labels() != LabelRule::kSampled) {
     return Status::InvalidInput(
         "--validate: with --labels data there is no predicted KL to compare with");
   }
-  if (!flags.uniform.empty()) return PlanUniform(flags, session).status();
+  if (!flags.uniform.empty()) {
+    PQ_ASSIGN_OR_RETURN(const PlannedAllocation plan, PlanUniform(flags, session));
+    return plan.bpp;
+  }
   PQ_ASSIGN_OR_RETURN(const Planner planner, session.MakePlanner(flags.plan, /*with_costs=*/false));
   PQ_ASSIGN_OR_RETURN(const Budget budget,
                       ToBudget(flags.plan.budget, session.model(), session.labels()));
   const bool by_costs = flags.plan.budget.knee || budget.kind == Budget::Kind::kMaxKl;
-  return by_costs ? Status() : planner.Plan(budget).status();
+  if (!by_costs) PQ_RETURN_IF_ERROR(planner.Plan(budget).status());
+  return flags.plan.budget.bpp.value_or(RunSettings().bits);
 }
 
 // Windows to measure the result on, and others to choose by.
@@ -196,21 +201,17 @@ Status Measure(const Calibration& data, const QuantizeFlags& flags, Session& ses
   return {};
 }
 
-// What the run is to do.
-Result<RunSettings> Settings(const QuantizeFlags& flags, Session& session,
-                             const RenderOptions& rendering) {
+// What the run is to do. `bits`: CheckPlan's.
+RunSettings Settings(const QuantizeFlags& flags, const Session& session,
+                     const RenderOptions& rendering, double bits) {
   RunSettings settings{.compute = session.compute(),
                        .smooth = flags.calibration.smooth,
                        .probe = flags.uniform.empty(),
-                       .rendering = rendering};
+                       .rendering = rendering,
+                       .bits = bits};
   const std::vector<std::string> formats = AdmittedFormats(flags.plan);
   settings.priced = session.Priced(formats);
   if (CostRounding(flags.plan) == Rounding::kGptq) settings.gptq_priced = FindFormats(formats);
-  if (flags.plan.budget.bpp) settings.bits = *flags.plan.budget.bpp;
-  if (!flags.uniform.empty()) {
-    PQ_ASSIGN_OR_RETURN(const PlannedAllocation plan, PlanUniform(flags, session));
-    settings.bits = plan.bpp;
-  }
   if (flags.uniform == SourceFormat().name()) settings.rendering.mode = RenderMode::kRtn;
   if (!flags.no_eval) settings.evaluation_tokens = flags.eval_tokens;
   settings.evaluation_window = kEvaluationWindow;
@@ -255,11 +256,11 @@ Status RunQuantize(const QuantizeFlags& flags) {
   PQ_RETURN_IF_ERROR(CheckFolders(flags, out, work));
   PQ_ASSIGN_OR_RETURN(const auto session,
                       Session::Start(flags.source, flags.calibration, flags.run));
-  PQ_RETURN_IF_ERROR(CheckPlan(flags, *session));
+  PQ_ASSIGN_OR_RETURN(const double bits, CheckPlan(flags, *session));
   PQ_ASSIGN_OR_RETURN(const RenderOptions rendering,
                       ToRenderOptions(flags.render, session->compute()));
-  PQ_ASSIGN_OR_RETURN(const RunSettings settings, Settings(flags, *session, rendering));
-  PQ_ASSIGN_OR_RETURN(RunForecast forecast, ForecastRun(*session, settings, flags.run));
+  PQ_ASSIGN_OR_RETURN(RunForecast forecast,
+                      ForecastRun(*session, Settings(flags, *session, rendering, bits), flags.run));
   if (!flags.run.dry_run) PQ_RETURN_IF_ERROR(session->OpenStore(work, flags.run));
   PQ_RETURN_IF_ERROR(MeasureRates(*session, flags.run, work, forecast));
   if (flags.run.dry_run) return ReportForecast(forecast, flags.json);

@@ -224,9 +224,7 @@ Status ExportCheckpoint(FileSystem& fs, const ExportPlan& plan, const std::files
     PQ_RETURN_IF_ERROR(VerifyFolder(folder, source));
     return plan.options.check ? plan.options.check(folder) : Status();
   };
-  const std::filesystem::path target = out.has_filename() ? out : out.parent_path();
-  return CheckpointWriter::Write(fs, target, options, WriterTensors(plan, std::move(planned)),
-                                 files);
+  return CheckpointWriter::Write(fs, out, options, WriterTensors(plan, std::move(planned)), files);
 }
 
 Result<int64_t> PlannedFileBytes(const Model& model, const FormatMap& formats,
