@@ -1,13 +1,12 @@
 #include "cli/delivery.h"
 
-#include <fmt/format.h>
-
 #include <utility>
 
 #include "base/sha256.h"
 #include "base/version.h"
 #include "cli/card.h"
 #include "export/exporter.h"
+#include "io/checkpoint.h"
 #include "io/file_system.h"
 
 namespace prismaquant {
@@ -114,8 +113,7 @@ Result<bool> IsDelivered(const Session& session, const Delivery& delivery) {
       return true;
   }
   if (delivery.overwrite) return false;
-  return Status::InvalidInput(
-      fmt::format("{}: exists already; --overwrite replaces it", delivery.out.string()));
+  return ExistsAlready(delivery.out);
 }
 
 Status Deliver(Session& session, const Delivery& delivery) {

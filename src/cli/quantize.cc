@@ -14,6 +14,7 @@
 #include "cli/validate.h"
 #include "data/bundled_text.h"
 #include "export/exporter.h"
+#include "io/checkpoint.h"
 #include "io/file_system.h"
 
 namespace prismaquant {
@@ -244,8 +245,7 @@ Status CheckFolders(const QuantizeFlags& flags, const std::filesystem::path& out
   std::error_code error;
   if (std::filesystem::exists(out, error) && !flags.overwrite &&
       !std::filesystem::exists(work, error)) {
-    return Status::InvalidInput(
-        fmt::format("{}: exists already; --overwrite replaces it", out.string()));
+    return ExistsAlready(out);
   }
   return CheckDestination(out, {flags.source, work});
 }

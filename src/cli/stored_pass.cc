@@ -3,13 +3,13 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include <utility>
 #include <vector>
 
 #include "base/sha256.h"
 #include "base/version.h"
 #include "formats/format.h"
-#include "formats/tensor_bytes.h"
-#include "formats/torch_guard.h"
+#include "probe/blob_tensors.h"
 
 namespace prismaquant {
 namespace {
@@ -61,22 +61,13 @@ Result<std::optional<PassState>> StoredPass::Load() {
 
 Status StoredPass::Keep(const PassState& state, bool now) {
   if (!now && Clock::now() - kept_ < kInterval) return {};
-  std::vector<at::Tensor> tensors = {at::full({1}, state.layers, at::kLong)};
-  std::vector<std::string> names = {kLayers};
-  for (const at::Tensor& hidden : state.outputs.hidden) {
-    names.push_back(HiddenName(tensors.size() - 1));
-    tensors.push_back(hidden.contiguous());
-  }
-  for (size_t layer = 0; layer < state.outputs.routing.size(); ++layer) {
-    names.push_back(RoutingName(layer));
-    tensors.push_back(state.outputs.routing[layer].contiguous());
-  }
-  std::vector<BlobTensor> blob;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    blob.push_back({{names[i], FromScalarType(tensors[i].scalar_type()), tensors[i].sizes().vec()},
-                    TensorBytes(tensors[i])});
-  }
-  PQ_RETURN_IF_ERROR(store_.PutBlob(blob_, blob));
+  const std::vector<at::Tensor>& hidden = state.outputs.hidden;
+  const std::vector<at::Tensor>& routing = state.outputs.routing;
+  std::vector<std::pair<std::string, at::Tensor>> tensors = {
+      {kLayers, at::full({1}, state.layers, at::kLong)}};
+  for (size_t n = 0; n < hidden.size(); ++n) tensors.emplace_back(HiddenName(n), hidden[n]);
+  for (size_t i = 0; i < routing.size(); ++i) tensors.emplace_back(RoutingName(i), routing[i]);
+  PQ_RETURN_IF_ERROR(PutTensors(store_, blob_, tensors));
   kept_ = Clock::now();
   return {};
 }

@@ -381,6 +381,11 @@ Status RequireUnquantized(const Checkpoint& checkpoint) {
       (checkpoint.folder() / "config.json").string(), text("quant_method"), text("format")));
 }
 
+Status ExistsAlready(const stdfs::path& out) {
+  return Status::InvalidInput(
+      fmt::format("{}: exists already; --overwrite replaces it", out.string()));
+}
+
 Status CheckDestination(const stdfs::path& out, const std::vector<stdfs::path>& kept) {
   if (out.filename().empty() || out.filename() == "." || out.filename() == "..") {
     return Status::InvalidInput(
@@ -413,10 +418,7 @@ Status CheckpointWriter::Write(FileSystem& fs, const stdfs::path& out, const Opt
   const Siblings siblings(target);
   PQ_RETURN_IF_ERROR(Recover(fs, siblings, target));
   PQ_RETURN_IF_ERROR(CheckDestination(target, {}));
-  if (Exists(target) && !options.overwrite) {
-    return Status::InvalidInput(
-        fmt::format("{}: exists already; --overwrite replaces it", target.string()));
-  }
+  if (Exists(target) && !options.overwrite) return ExistsAlready(target);
   PQ_RETURN_IF_ERROR(fs.RemoveAll(siblings.partial));
   std::vector<TensorSpec> specs;
   for (const Tensor& tensor : tensors) specs.push_back(tensor.spec);

@@ -77,6 +77,9 @@ class Checkpoint {
 // Refuses a checkpoint that is already quantized, naming its scheme.
 Status RequireUnquantized(const Checkpoint& checkpoint);
 
+// The kInvalidInput for an `out` that exists and was not to be replaced.
+Status ExistsAlready(const std::filesystem::path& out);
+
 // kInvalidInput unless a checkpoint can be written to `out`: it names a folder in which none of the
 // folders `kept` lies, and what is there now, if anything, is an empty folder or a checkpoint.
 Status CheckDestination(const std::filesystem::path& out,

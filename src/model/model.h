@@ -66,6 +66,9 @@ struct LinearInfo {
   std::string input_group;  // Linears that share their global scale of inputs
   bool is_expert = false;
   bool allocatable = true;  // false: the profile keeps it in the source's dtype
+  // What it returns is the layer's output, or is added to the hidden state to give it, so no
+  // gradient within the layer depends on its value.
+  bool ends_layer = false;
 };
 
 // What a layer needs to know of the positions of a batch of sequences.

@@ -125,6 +125,7 @@ TEST_F(ModelTest, InventoryListsLinearsInLayerAndStageOrder) {
     EXPECT_EQ(linear.layer, 1);
     EXPECT_EQ(linear.dtype, DType::kBF16);
     EXPECT_TRUE(linear.allocatable);
+    EXPECT_EQ(linear.ends_layer, names.back() == "down_proj");
   }
   EXPECT_THAT(names, ElementsAre("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                                  "down_proj"));

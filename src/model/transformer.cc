@@ -175,7 +175,11 @@ LinearStages TransformerModel::LayerStages(int layer) const {
       stages[s].push_back(Describe(layer, static_cast<int>(s), shape));
     }
   }
-  if (config_.mixture) AppendMixture(layer, stages);
+  if (config_.mixture) {
+    AppendMixture(layer, stages);
+  } else {
+    stages.back().front().ends_layer = !skeleton().post_norms;
+  }
   return stages;
 }
 

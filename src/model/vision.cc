@@ -89,6 +89,7 @@ std::vector<std::vector<LinearInfo>> VisionTower::BlockStages(int index) const {
     info.dtype = checkpoint_tensors::SourceType(*checkpoint_, info.name + ".weight", kPatchWeight);
     stages.push_back({std::move(info)});
   }
+  stages.back().front().ends_layer = true;
   return stages;
 }
 

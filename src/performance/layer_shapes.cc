@@ -57,7 +57,8 @@ void AddLinears(const Model& model, int layer, bool merger, LayerShape& shape) {
                              .share = share,
                              .allocatable = linear.allocatable,
                              .is_expert = linear.is_expert,
-                             .is_sibling = sibling});
+                             .is_sibling = sibling,
+                             .ends_layer = linear.ends_layer});
     outputs[linear.stage] += share * out;
     double& input = inputs[linear.stage];
     if (!linear.is_expert) input = std::max(input, share * in);

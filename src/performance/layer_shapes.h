@@ -23,6 +23,7 @@ struct LinearLoad {
   double share = 1;  // of the layer's tokens that reach it
   bool allocatable = true, is_expert = false;
   bool is_sibling = false;  // reads what the expert's Linear before it reads
+  bool ends_layer = false;
   double weights() const { return out * in; }
 };
 

@@ -1,6 +1,5 @@
 #include "probe/blob_tensors.h"
 
-#include <fmt/format.h>
 #include <torch/torch.h>
 
 #include <map>
@@ -11,19 +10,26 @@
 
 namespace prismaquant {
 
-Status PutSequences(RunStore& store, const std::string& blob, int64_t first,
-                    const std::vector<at::Tensor>& tensors) {
+Status PutTensors(RunStore& store, const std::string& blob,
+                  const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
   std::vector<at::Tensor> kept;
   std::vector<BlobTensor> entries;
   kept.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
+  for (const auto& [name, tensor] : tensors) {
     kept.push_back(tensor.contiguous());
-    const auto sequence = first + static_cast<int64_t>(entries.size());
-    entries.push_back(
-        {{std::to_string(sequence), FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
-         TensorBytes(kept.back())});
+    entries.push_back({{name, FromScalarType(tensor.scalar_type()), tensor.sizes().vec()},
+                       TensorBytes(kept.back())});
   }
   return store.PutBlob(blob, entries);
+}
+
+Status PutSequences(RunStore& store, const std::string& blob, int64_t first,
+                    const std::vector<at::Tensor>& tensors) {
+  std::vector<std::pair<std::string, at::Tensor>> named;
+  for (const at::Tensor& tensor : tensors) {
+    named.emplace_back(std::to_string(first + static_cast<int64_t>(named.size())), tensor);
+  }
+  return PutTensors(store, blob, named);
 }
 
 Result<StoredSequences> StoredSequences::Open(const RunStore& store, const std::string& blob) {

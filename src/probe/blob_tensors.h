@@ -1,8 +1,8 @@
 #ifndef PRISMAQUANT_PROBE_BLOB_TENSORS_H_
 #define PRISMAQUANT_PROBE_BLOB_TENSORS_H_
 
-// One tensor per sequence in a blob of the run store: the hidden states and gradients that wait
-// between two layers. Sequences may differ in length.
+// Tensors in a blob of the run store, under their names or one per sequence: the hidden states and
+// gradients that wait between two layers. Sequences may differ in length.
 
 #include <ATen/core/Tensor.h>
 
@@ -16,6 +16,9 @@
 #include "store/run_store.h"
 
 namespace prismaquant {
+
+Status PutTensors(RunStore& store, const std::string& blob,
+                  const std::vector<std::pair<std::string, at::Tensor>>& tensors);
 
 // `tensors` belong to the sequences from `first` on.
 Status PutSequences(RunStore& store, const std::string& blob, int64_t first,

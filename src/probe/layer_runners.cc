@@ -66,7 +66,7 @@ ProbedRunner::ProbedRunner(const LayerWeights& weights, std::vector<LinearInfo> 
 at::Tensor ProbedRunner::Apply(const LinearInfo& linear, const at::Tensor& x) {
   if (x.numel() == 0) return Multiply(weights_, linear.name, x);
   return ApplyProbed(x, weights_.weight.at(linear.name), weights_.bias.at(linear.name),
-                     index_.at(linear.name), *this);
+                     index_.at(linear.name), *this, !linear.ends_layer);
 }
 
 void ProbedRunner::Observe(int id, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx) {

@@ -46,6 +46,7 @@ class MaximaRunner : public LinearRunner {
   std::map<std::string, double> maxima_;
 };
 
+// For the gradients of a layer alone: of a Linear that ends the layer it leaves the product out.
 class ProbedRunner : public LinearRunner, public LinearObserver {
  public:
   // `scales` and `errors` by Linear name. Of errors to come the rows are kept for PriceKept.

@@ -2,17 +2,22 @@
 
 #include <torch/torch.h>
 
+#include <vector>
+
 namespace prismaquant {
 namespace {
 
 class ProbedLinear : public torch::autograd::Function<ProbedLinear> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
-                            const at::Tensor& weight, int64_t id, int64_t observer) {
+                            const at::Tensor& weight, int64_t id, int64_t observer, bool needed) {
     context->save_for_backward({x, weight});
     context->saved_data["id"] = id;
     context->saved_data["observer"] = observer;
-    return at::linear(x, weight);
+    if (needed) return at::linear(x, weight);
+    std::vector<int64_t> shape = x.sizes().vec();
+    shape.back() = weight.size(0);
+    return x.new_zeros(shape);
   }
 
   static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
@@ -26,17 +31,17 @@ class ProbedLinear : public torch::autograd::Function<ProbedLinear> {
     observer->Observe(static_cast<int>(context->saved_data["id"].toInt()),
                       x.reshape({-1, x.size(-1)}), g.reshape({-1, g.size(-1)}),
                       dx.reshape({-1, dx.size(-1)}));
-    return {dx, at::Tensor(), at::Tensor(), at::Tensor()};
+    return {dx, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
 at::Tensor ApplyProbed(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                       int id, LinearObserver& observer) {
+                       int id, LinearObserver& observer, bool needed) {
   const at::Tensor y =
       ProbedLinear::apply(x, weight, static_cast<int64_t>(id),
-                          static_cast<int64_t>(reinterpret_cast<intptr_t>(&observer)));
+                          static_cast<int64_t>(reinterpret_cast<intptr_t>(&observer)), needed);
   return bias.defined() ? y + bias : y;
 }
 

@@ -17,9 +17,10 @@ class LinearObserver {
   virtual void Observe(int id, const at::Tensor& x, const at::Tensor& g, const at::Tensor& dx) = 0;
 };
 
-// x [.., in] -> x W^T (+ bias) [.., out]. `observer` must outlive the backward pass.
+// x [.., in] -> x W^T (+ bias) [.., out]. `observer` must outlive the backward pass. An output that
+// no gradient depends on need not be `needed`: zeros stand for the product then.
 at::Tensor ApplyProbed(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                       int id, LinearObserver& observer);
+                       int id, LinearObserver& observer, bool needed = true);
 
 }  // namespace prismaquant
 

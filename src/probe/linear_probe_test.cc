@@ -40,6 +40,22 @@ TEST(LinearProbe, ShowsWhatAutogradComputes) {
   EXPECT_TRUE(recorder.x.equal(x.detach().flatten(0, 1)));
 }
 
+TEST(LinearProbe, GradientsAreThoseOfAnOutputThatIsNotNeeded) {
+  torch::manual_seed(5);
+  const at::Tensor weight = torch::randn({4, 6}, at::kDouble),
+                   upstream = torch::randn({1, 3, 4}, at::kDouble);
+  const at::Tensor x = torch::randn({1, 3, 6}, at::kDouble).requires_grad_(true);
+  Recorder with, without;
+  const at::Tensor y = ApplyProbed(x, weight, {}, 0, with);
+  const at::Tensor zeros = ApplyProbed(x, weight, {}, 1, without, /*needed=*/false);
+  EXPECT_TRUE(zeros.equal(at::zeros_like(y)));
+  EXPECT_TRUE(torch::autograd::grad({zeros}, {x}, {upstream})[0].equal(
+      torch::autograd::grad({y}, {x}, {upstream})[0]));
+  EXPECT_TRUE(without.x.equal(with.x));
+  EXPECT_TRUE(without.g.equal(with.g));
+  EXPECT_TRUE(without.dx.equal(with.dx));
+}
+
 TEST(LinearProbe, TwoReadersOfOneInputEachSeeTheirShare) {
   torch::manual_seed(4);
   const at::Tensor first = torch::randn({4, 6}, at::kDouble).requires_grad_(true);

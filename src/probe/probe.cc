@@ -13,7 +13,6 @@
 #include "base/interrupt.h"
 #include "base/progress.h"
 #include "formats/extremes.h"
-#include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
 #include "model/layer_pages.h"
 #include "model/sequences.h"
@@ -258,22 +257,19 @@ class ProbePass {
                         int64_t first, const std::vector<at::Tensor>& gradients) {
     std::vector<LinearStats> stats;
     std::vector<LinearCost> costs;
-    std::vector<at::Tensor> weights;
-    std::vector<BlobTensor> blob;
+    std::vector<std::pair<std::string, at::Tensor>> weights;
     for (size_t i = 0; i < runner.linears().size(); ++i) {
       const LinearStatistics& linear = runner.statistics()[i];
       stats.push_back(linear.Stats());
       for (LinearCost& cost : linear.Costs()) costs.push_back(std::move(cost));
       if (runner.linears()[i].is_expert) continue;
-      weights.push_back(linear.TokenWeights());
-      blob.push_back({{stats.back().name, DType::kF32, weights.back().sizes().vec()},
-                      TensorBytes(weights.back())});
+      weights.emplace_back(stats.back().name, linear.TokenWeights());
     }
     PQ_RETURN_IF_ERROR(RequireFinite(stats, costs));
     if (!AllFinite(gradients)) {
       return NotFinite(model_, fmt::format("the gradient at the input of layer {}", layer));
     }
-    PQ_RETURN_IF_ERROR(store_.PutBlob(TokenWeightBlob(layer), blob));
+    PQ_RETURN_IF_ERROR(PutTensors(store_, TokenWeightBlob(layer), weights));
     PQ_RETURN_IF_ERROR(HandOn(part, layer, first, gradients));
     PQ_RETURN_IF_ERROR(store_.Commit(pass_.backward_stage, layer, stats, costs));
     PQ_RETURN_IF_ERROR(store_.RemoveBlob(GradientBlob(part, layer + 1)));

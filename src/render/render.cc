@@ -6,13 +6,14 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "base/interrupt.h"
 #include "base/progress.h"
 #include "base/sha256.h"
 #include "formats/extremes.h"
-#include "formats/tensor_bytes.h"
 #include "formats/torch_guard.h"
 #include "model/layer_pages.h"
 #include "model/sequences.h"
@@ -94,9 +95,9 @@ class Renderer {
   };
   // What a Linear is rounded and judged by.
   struct RoundingInputs {
-    InputRows train, held_out;
     FactoredHessian hessian;
-    const InputRows& Judge() const { return held_out.tokens() > 0 ? held_out : train; }
+    InputRows judge;
+    bool is_held_out = false;  // `judge` had no part in the Hessian
   };
   // That of one InputSet in one format.
   struct LastRounding {
@@ -292,10 +293,10 @@ class Renderer {
     const std::shared_ptr<const RoundingInputs> by =
         linear.is_expert ? SharedRounding(job, run) : MakeRounding(job, target);
     PQ_ASSIGN_OR_RETURN(GptqResult result,
-                        RenderGuarded(job.format, job.weight, target, by->hessian, by->Judge(),
+                        RenderGuarded(job.format, job.weight, target, by->hessian, by->judge,
                                       job.scales, linear.dtype, options_.gptq));
     report["rendered"] = result.fell_back ? "rtn" : HasFewInputs(job) ? "rtn+scales" : "gptq";
-    if (by->held_out.tokens() > 0) {
+    if (by->is_held_out) {
       report["error_ratio"] = result.error_ratio;
       report["weight_error_ratio"] = result.weight_ratio;
     }
@@ -323,22 +324,24 @@ class Renderer {
   // `target`, the weight, is moved towards the source's outputs. What saw few tokens gets inputs
   // that come one at a time: their Hessian rounds to nearest with chosen scales.
   std::shared_ptr<const RoundingInputs> MakeRounding(const Job& job, at::Tensor& target) const {
-    auto by = std::make_shared<RoundingInputs>();
+    InputRows train, held_out;
     if (HasFewInputs(job)) {
-      by->train.Add(at::eye(job.linear.in), {});
+      train.Add(at::eye(job.linear.in), {});
     } else {
-      SplitInputs(job, *by);
+      SplitInputs(job, train, held_out);
     }
     InputMoments moments(job.linear.in);
-    moments.Add(by->train.x(), {});
-    if (options_.correct) {
-      target = Correct(target, moments.hessian(), by->train, by->held_out).weight;
-    }
+    moments.Add(train.x(), {});
+    if (options_.correct) target = Correct(target, moments.hessian(), train, held_out).weight;
+    auto by = std::make_shared<RoundingInputs>();
+    by->is_held_out = held_out.tokens() > 0;
+    by->judge = std::move(by->is_held_out ? held_out : train);
+    train = {};
     by->hessian = FactorHessian(job.format, moments.hessian(), options_.gptq);
     return by;
   }
 
-  void SplitInputs(const Job& job, RoundingInputs& by) const {
+  void SplitInputs(const Job& job, InputRows& train, InputRows& held_out) const {
     const std::vector<at::Tensor>& x = job.inputs.For(job.format, job.scales);
     const auto weights = token_weights_.find(job.linear.name);
     int64_t first = 0;
@@ -347,19 +350,23 @@ class Renderer {
       const at::Tensor token_weights = weights == token_weights_.end()
                                            ? at::Tensor()
                                            : weights->second.narrow(0, first, rows.size(0));
-      InputRows& half = IsHeldOut(n, x.size()) ? by.held_out : by.train;
-      half.Add(rows, token_weights, Lack(job, n, rows));
+      const bool is_held_out = IsHeldOut(n, x.size());
+      const bool judges = is_held_out || x.size() < kFewestSequences;
+      (is_held_out ? held_out : train).Add(rows, token_weights, LacksOf(job, n, rows, judges));
       first += rows.size(0);
     }
   }
 
-  // What the outputs for `rows` lack of the source's, [tokens, out]; undefined for an expert, whose
-  // tokens may be others than the source's.
-  at::Tensor Lack(const Job& job, size_t sequence, const at::Tensor& rows) const {
+  // What the outputs for `rows` lack of the source's if they judge a weight, else what the rows
+  // themselves do; nothing for an expert, whose tokens may be others than the source's.
+  InputRows::Lacks LacksOf(const Job& job, size_t sequence, const at::Tensor& rows,
+                           bool judges) const {
     if (job.source_inputs.empty() || job.linear.is_expert) return {};
     const at::Tensor source = job.source_inputs[sequence].reshape({-1, job.linear.in});
-    const at::Tensor difference = source.to(at::kFloat) - rows.to(at::kFloat);
-    return MultiplyLinear(difference.to(options_.compute.dtype), job.product, {});
+    const at::Tensor lack = source.to(at::kFloat) - rows.to(at::kFloat);
+    if (!judges) return {.input = lack, .output = {}};
+    return {.input = {},
+            .output = MultiplyLinear(lack.to(options_.compute.dtype), job.product, {})};
   }
 
   Status PutStates(Stream stream, const PartLayers& part, int layer,
@@ -373,17 +380,13 @@ class Renderer {
 
   Status CommitLayer(const PartLayers& part, int layer, const Rendered& rendered,
                      const Streams& streams) {
-    std::vector<at::Tensor> kept;
-    std::vector<BlobTensor> blob;
+    std::vector<std::pair<std::string, at::Tensor>> named;
     for (const auto& [linear, tensors] : rendered.tensors) {
       for (const auto& [suffix, tensor] : tensors) {
-        kept.push_back(tensor.contiguous());
-        blob.push_back({{fmt::format("{}.{}", linear, suffix), FromScalarType(tensor.scalar_type()),
-                         tensor.sizes().vec()},
-                        TensorBytes(kept.back())});
+        named.emplace_back(fmt::format("{}.{}", linear, suffix), tensor);
       }
     }
-    PQ_RETURN_IF_ERROR(store_.PutBlob(LayerBlob(key_, layer), blob));
+    PQ_RETURN_IF_ERROR(PutTensors(store_, LayerBlob(key_, layer), named));
     if (layer + 1 < part.end || part.part == Part::kText || part.part == Part::kVision) {
       PQ_RETURN_IF_ERROR(PutStates(Stream::kQuantized, part, layer + 1, streams.quantized));
       if (follows_source()) {

@@ -21,7 +21,8 @@
 namespace prismaquant {
 namespace {
 
-// Keeps inputs and outputs of the Linears it runs.
+// Keeps inputs and outputs of the Linears it runs. Of one that ends its layer the layer gets zeros
+// with the output's gradient, and the caller adds the output itself.
 class RecordingLinears : public LinearRunner {
  public:
   struct Record {
@@ -35,12 +36,18 @@ class RecordingLinears : public LinearRunner {
     if (y.numel() == 0) return y;  // an expert without tokens
     if (y.requires_grad()) y.retain_grad();
     records_.push_back({linear.name, x.detach(), y, linears_->weight(linear.name)});
-    return y;
+    if (!linear.ends_layer) return y;
+    end_ = y.detach();
+    return y - end_;
+  }
+  at::Tensor WithEnd(const at::Tensor& hidden) const {
+    return end_.defined() ? hidden + end_ : hidden;
   }
 
  private:
   std::unique_ptr<PlainLinears> linears_;
   std::vector<Record>& records_;
+  at::Tensor end_;
 };
 
 Result<at::Tensor> ReadIds(const std::string& path) {
@@ -83,7 +90,7 @@ Status Dump(const std::vector<std::string>& arguments) {
     PQ_ASSIGN_OR_RETURN(const auto block, model->LoadLayer(layer, options));
     PQ_ASSIGN_OR_RETURN(auto linears, PlainLinears::Load(*model, layer, options));
     RecordingLinears recording(std::move(linears), records);
-    hidden = RunLayer(*block, context, hidden, recording);
+    hidden = recording.WithEnd(RunLayer(*block, context, hidden, recording));
   }
   PQ_ASSIGN_OR_RETURN(const auto head, model->LoadHead(Part::kText, options));
   out["logits"] = head->Logits(hidden);
