@@ -7,7 +7,6 @@
 #include "probe/head_costs.h"
 #include "probe/loss.h"
 #include "round/factored_hessian.h"
-#include "round/gptq.h"
 #include "round/input_moments.h"
 
 namespace prismaquant {
@@ -267,34 +266,27 @@ class Forecaster {
   void AddCorrection(const LinearLoad& linear, double tokens, StageNeeds& needs) const {
     const double size = std::min(tokens, linear.in);
     needs.factors += size * size * size;
-    const bool few = tokens < linear.in;
-    if (few) needs.products += SymmetricProduct(tokens, linear.in);
-    if (CorrectsByInputs(tokens, linear.in, linear.out)) {
-      needs.products +=
-          2 * linear.in * linear.in * (tokens + linear.out) + 2 * size * size * linear.in;
+    needs.products += 2 * linear.out * linear.in * tokens;
+    if (tokens < linear.in) {
+      needs.products += SymmetricProduct(tokens, linear.in) +
+                        2 * tokens * tokens * std::min(linear.out, linear.in);
     } else {
-      needs.products += 4 * linear.out * linear.in * tokens +
-                        2 * size * size * (few ? std::min(linear.out, linear.in) : linear.out);
+      needs.products += 2 * linear.out * linear.in * linear.in;
     }
   }
 
-  // Of the layer's Linear that takes most: while its weight is corrected its rows and what they
-  // lack, by sequence and joined, what its outputs lack, Hessian and inverse; while the Hessian is
-  // factored the rows that judge, Hessian, factor and that for products with the weight and what it
-  // is aimed at; later that for products with the weight in its several states.
+  // Of the layer's Linear that takes most: its rows, by sequence and joined, and while the Hessian
+  // is factored Hessian, factor, and that for products with the weight and what it is aimed at, or
+  // later that for products with the weight in its several states.
   double RoundingMemory(const LayerShape& layer, double tokens) const {
     double most = 0;
     for (const LinearLoad& linear : layer.linears) {
       if (!linear.allocatable) continue;
-      const double rows = linear.share * tokens, square = linear.in * linear.in;
-      const double inverse = std::pow(std::min(rows, linear.in), 2);
-      const double corrected = 4 * product_ * rows * linear.in +
-                               (kFloat + product_) * rows * linear.out +
-                               kFloat * (square + 2 * inverse + 3 * linear.weights());
-      const double judged = product_ * kJudgedShare * rows * (linear.in + linear.out);
+      const double square = linear.in * linear.in;
+      const double rows = 2 * product_ * linear.share * tokens * (linear.in + linear.out);
       const double factored = (2 * kFloat + product_) * square + 3 * kFloat * linear.weights();
       const double rounded = product_ * square + 8 * kFloat * linear.weights();
-      most = std::max({most, corrected, judged + factored, judged + rounded});
+      most = std::max(most, rows + std::max(factored, rounded));
     }
     return most;
   }
@@ -325,7 +317,7 @@ class Forecaster {
           AddRounding(linear, 1, needs);
           needs.memory += kFloat * kRowPasses * tokens * (linear.in + linear.out);
           if (streams < 2 || linear.is_expert) continue;
-          needs.products += 2 * kJudgedShare * tokens * linear.weights();
+          needs.products += 2 * tokens * linear.weights();
           AddCorrection(linear, (1 - kJudgedShare) * tokens, needs);
         }
         needs.read += layer.stored + streams * states * layer.hidden;

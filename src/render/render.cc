@@ -95,9 +95,9 @@ class Renderer {
   };
   // What a Linear is rounded and judged by.
   struct RoundingInputs {
+    InputRows train, held_out;
     FactoredHessian hessian;
-    InputRows judge;
-    bool is_held_out = false;  // `judge` had no part in the Hessian
+    const InputRows& Judge() const { return held_out.tokens() > 0 ? held_out : train; }
   };
   // That of one InputSet in one format.
   struct LastRounding {
@@ -293,10 +293,10 @@ class Renderer {
     const std::shared_ptr<const RoundingInputs> by =
         linear.is_expert ? SharedRounding(job, run) : MakeRounding(job, target);
     PQ_ASSIGN_OR_RETURN(GptqResult result,
-                        RenderGuarded(job.format, job.weight, target, by->hessian, by->judge,
+                        RenderGuarded(job.format, job.weight, target, by->hessian, by->Judge(),
                                       job.scales, linear.dtype, options_.gptq));
     report["rendered"] = result.fell_back ? "rtn" : HasFewInputs(job) ? "rtn+scales" : "gptq";
-    if (by->is_held_out) {
+    if (by->held_out.tokens() > 0) {
       report["error_ratio"] = result.error_ratio;
       report["weight_error_ratio"] = result.weight_ratio;
     }
@@ -324,24 +324,22 @@ class Renderer {
   // `target`, the weight, is moved towards the source's outputs. What saw few tokens gets inputs
   // that come one at a time: their Hessian rounds to nearest with chosen scales.
   std::shared_ptr<const RoundingInputs> MakeRounding(const Job& job, at::Tensor& target) const {
-    InputRows train, held_out;
+    auto by = std::make_shared<RoundingInputs>();
     if (HasFewInputs(job)) {
-      train.Add(at::eye(job.linear.in), {});
+      by->train.Add(at::eye(job.linear.in), {});
     } else {
-      SplitInputs(job, train, held_out);
+      SplitInputs(job, *by);
     }
     InputMoments moments(job.linear.in);
-    moments.Add(train.x(), {});
-    if (options_.correct) target = Correct(target, moments.hessian(), train, held_out).weight;
-    auto by = std::make_shared<RoundingInputs>();
-    by->is_held_out = held_out.tokens() > 0;
-    by->judge = std::move(by->is_held_out ? held_out : train);
-    train = {};
+    moments.Add(by->train.x(), {});
+    if (options_.correct) {
+      target = Correct(target, moments.hessian(), by->train, by->held_out).weight;
+    }
     by->hessian = FactorHessian(job.format, moments.hessian(), options_.gptq);
     return by;
   }
 
-  void SplitInputs(const Job& job, InputRows& train, InputRows& held_out) const {
+  void SplitInputs(const Job& job, RoundingInputs& by) const {
     const std::vector<at::Tensor>& x = job.inputs.For(job.format, job.scales);
     const auto weights = token_weights_.find(job.linear.name);
     int64_t first = 0;
@@ -350,23 +348,19 @@ class Renderer {
       const at::Tensor token_weights = weights == token_weights_.end()
                                            ? at::Tensor()
                                            : weights->second.narrow(0, first, rows.size(0));
-      const bool is_held_out = IsHeldOut(n, x.size());
-      const bool judges = is_held_out || x.size() < kFewestSequences;
-      (is_held_out ? held_out : train).Add(rows, token_weights, LacksOf(job, n, rows, judges));
+      InputRows& half = IsHeldOut(n, x.size()) ? by.held_out : by.train;
+      half.Add(rows, token_weights, Lack(job, n, rows));
       first += rows.size(0);
     }
   }
 
-  // What the outputs for `rows` lack of the source's if they judge a weight, else what the rows
-  // themselves do; nothing for an expert, whose tokens may be others than the source's.
-  InputRows::Lacks LacksOf(const Job& job, size_t sequence, const at::Tensor& rows,
-                           bool judges) const {
+  // What the outputs for `rows` lack of the source's, [tokens, out]; undefined for an expert, whose
+  // tokens may be others than the source's.
+  at::Tensor Lack(const Job& job, size_t sequence, const at::Tensor& rows) const {
     if (job.source_inputs.empty() || job.linear.is_expert) return {};
     const at::Tensor source = job.source_inputs[sequence].reshape({-1, job.linear.in});
-    const at::Tensor lack = source.to(at::kFloat) - rows.to(at::kFloat);
-    if (!judges) return {.input = lack, .output = {}};
-    return {.input = {},
-            .output = MultiplyLinear(lack.to(options_.compute.dtype), job.product, {})};
+    const at::Tensor difference = source.to(at::kFloat) - rows.to(at::kFloat);
+    return MultiplyLinear(difference.to(options_.compute.dtype), job.product, {});
   }
 
   Status PutStates(Stream stream, const PartLayers& part, int layer,

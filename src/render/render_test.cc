@@ -198,13 +198,9 @@ class RenderTest : public ::testing::Test {
       if (token_weights.defined())
         weights = token_weights.narrow(0, static_cast<int64_t>(n) * kTokens, kTokens);
       const at::Tensor x = format.QuantizeActivation(inputs[n], shared);
-      const at::Tensor rows = x.reshape({-1, 64});
-      const at::Tensor lack = wanted[n].reshape({-1, 64}) - rows;
-      if (n == 7 || n == 15) {
-        held_out.Add(rows, weights, {.input = {}, .output = at::linear(lack, WeightOf(kQuery))});
-      } else {
-        train.Add(rows, weights, {.input = lack, .output = {}});
-      }
+      const at::Tensor lack = at::linear(wanted[n] - x, WeightOf(kQuery));
+      const at::Tensor rows = x.reshape({-1, 64}), lacks = lack.reshape({-1, linear.out});
+      (n == 7 || n == 15 ? held_out : train).Add(rows, weights, lacks);
     }
     InputMoments moments(64);
     moments.Add(train.x(), {});

@@ -124,65 +124,28 @@ at::Tensor GramMatrix(const at::Tensor& x) {
   return gram;
 }
 
-// Products in one dtype, with float32 results.
-struct Multiplier {
-  at::ScalarType products;
-  at::Tensor operator()(const at::Tensor& a, const at::Tensor& b) const {
+// S of CorrectedWeight, float32 [out, in]; undefined if it cannot be had. Of fewer tokens than
+// inputs it is E^T (X X^T + d I)^-1 X, which is the same and less work, multiplied from the side
+// that leaves the smaller matrix.
+at::Tensor CorrectionStep(const at::Tensor& hessian, const InputRows& train) {
+  const at::Tensor x = train.x(), lack = train.lack();
+  const at::ScalarType products = x.scalar_type();
+  const int64_t tokens = x.size(0), in = x.size(1), out = lack.size(1);
+  const auto multiply = [&](const at::Tensor& a, const at::Tensor& b) {
     return at::matmul(a.to(products), b.to(products)).to(at::kFloat);
-  }
-};
-
-// Of the damped matrix; undefined if it cannot be had.
-at::Tensor InverseOf(DampedMatrix& matrix, double damping) {
-  const at::Tensor factor = matrix.Factor(damping);
-  return factor.defined() ? at::cholesky_inverse(factor) : at::Tensor();
-}
-
-// S of CorrectedWeight from as many tokens as inputs or more.
-at::Tensor StepByHessian(const at::Tensor& weight, const at::Tensor& hessian,
-                         const InputRows& train, const Multiplier& multiply, bool by_inputs) {
-  at::Tensor lacking = train.input_lack().t();
-  if (!by_inputs) lacking = multiply(weight, lacking);
-  lacking = multiply(lacking, train.x());
-  DampedMatrix damped(hessian.clone(), FactorType(hessian.size(0), multiply.products));
-  const at::Tensor inverse = InverseOf(damped, kCorrectionDamping);
-  if (!inverse.defined()) return {};
-  at::Tensor step = multiply(lacking, inverse);
-  if (by_inputs) step = multiply(weight, step);
-  return step.div_(damped.unit());
-}
-
-// The same from fewer tokens than inputs: W L^T (X X^T + d I)^-1 X.
-at::Tensor StepByTokens(const at::Tensor& weight, const InputRows& train,
-                        const Multiplier& multiply, bool by_inputs) {
-  const at::Tensor x = train.x(), lacking = train.input_lack().t();
-  const int64_t tokens = x.size(0), in = x.size(1), out = weight.size(0);
+  };
+  const at::ScalarType type = FactorType(std::min(tokens, in), products);
+  const bool by_tokens = tokens < in;
   const double share = static_cast<double>(tokens) / static_cast<double>(in);
-  DampedMatrix damped(GramMatrix(x), FactorType(tokens, multiply.products));
-  const at::Tensor inverse = InverseOf(damped, kCorrectionDamping * share);
-  if (!inverse.defined()) return {};
-  at::Tensor step;
-  if (by_inputs) {
-    step = multiply(weight, multiply(multiply(lacking, inverse), x));
-  } else if (in < out) {
-    step = multiply(multiply(weight, lacking), multiply(inverse, x));
-  } else {
-    step = multiply(multiply(multiply(weight, lacking), inverse), x);
-  }
+  DampedMatrix damped(by_tokens ? GramMatrix(x) : hessian.clone(), type);
+  const at::Tensor factor = damped.Factor(kCorrectionDamping * (by_tokens ? share : 1));
+  if (!factor.defined()) return {};
+  const at::Tensor inverse = at::cholesky_inverse(factor);
+  const at::Tensor wanted = lack.t();
+  if (!by_tokens) return multiply(multiply(wanted, x), inverse).div_(damped.unit());
+  const at::Tensor step =
+      in < out ? multiply(wanted, multiply(inverse, x)) : multiply(multiply(wanted, inverse), x);
   return step.div_(damped.unit());
-}
-
-// S of CorrectedWeight, float32 [out, in]; undefined if it cannot be had.
-at::Tensor CorrectionStep(const at::Tensor& weight, const at::Tensor& hessian,
-                          const InputRows& train) {
-  const at::Tensor lack = train.input_lack();
-  if (!lack.defined()) return {};
-  const Multiplier multiply{lack.scalar_type()};
-  const int64_t tokens = lack.size(0), in = weight.size(1), out = weight.size(0);
-  const bool by_inputs = CorrectsByInputs(static_cast<double>(tokens), static_cast<double>(in),
-                                          static_cast<double>(out));
-  return tokens < in ? StepByTokens(weight, train, multiply, by_inputs)
-                     : StepByHessian(weight, hessian, train, multiply, by_inputs);
 }
 
 // Rounds block by block of columns. What the columns before a block left, E = W - W_q, moves it by
@@ -257,7 +220,7 @@ CorrectedWeight Correct(const at::Tensor& weight, const at::Tensor& hessian, con
   CorrectedWeight corrected{.weight = weight};
   const double lack = held_out.LackEnergy();
   if (!(lack > 0)) return corrected;
-  const at::Tensor step = CorrectionStep(weight, hessian, train);
+  const at::Tensor step = CorrectionStep(hessian, train);
   if (!step.defined()) return corrected;
   const RoundingError whole = held_out.ErrorOf(weight + step, weight);
   const double slope = (lack + whole.weight - whole.output) / 2;

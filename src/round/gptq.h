@@ -46,16 +46,10 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
                               const FactoredHessian& hessian, const SharedScales& shared,
                               DType source, const GptqOptions& options);
 
-// Whether Correct multiplies with W last, since that takes fewer operations than beginning with
-// what the outputs lack.
-constexpr bool CorrectsByInputs(double tokens, double in, double out) {
-  return in * (tokens + (tokens < in ? out : in)) < 2 * tokens * out;
-}
-
-// W + a S, on the way to the unrounded weight whose outputs are nearest to the source's: S = W L^T
-// X (X^T X + d I)^-1 of the training inputs X and what they lack, L, with d the mean of the
-// Hessian's diagonal, and a the share of it that is best on `held_out`, at most half. W itself, and
-// a = 0, unless both the lacks of the training inputs and those of the held-out outputs are known.
+// W + a S, on the way to the unrounded weight whose outputs are nearest to the source's: S = E^T X
+// (X^T X + d I)^-1 of the training inputs X and lacks E, with d the mean of the Hessian's diagonal,
+// and a the share of it that is best on `held_out`, at most half. W itself, and a = 0, without
+// lacks or held-out tokens.
 struct CorrectedWeight {
   at::Tensor weight;
   double share = 0;

@@ -40,9 +40,9 @@ InputMoments MomentsOf(const at::Tensor& x) {
   moments.Add(x, {});
   return moments;
 }
-InputRows RowsOf(const at::Tensor& x, const InputRows::Lacks& lacks = {}) {
+InputRows RowsOf(const at::Tensor& x, const at::Tensor& lack = {}) {
   InputRows rows;
-  rows.Add(x, {}, lacks);
+  rows.Add(x, {}, lack);
   return rows;
 }
 at::Tensor Gram(const at::Tensor& x) { return x.t().matmul(x); }
@@ -462,17 +462,16 @@ TEST_P(RenderGptqTest, GuardKeepsWhatIsBetterOnTheHeldOutInputs) {
   }
 }
 
-// Inputs that are noisy beside the source's, and what they and their outputs lack of the source's.
+// Inputs that are noisy beside the source's, and what their outputs lack of the source's.
 struct Noisy {
-  at::Tensor x, wanted;
-  InputRows::Lacks lacks;
+  at::Tensor x, lack, wanted;
   Noisy(const at::Tensor& weight, int64_t tokens, int64_t seed, double noise) {
     const at::Tensor source = CorrelatedInputs(tokens, weight.size(1), seed);
     x = source + noise * torch::randn_like(source);
     wanted = source.matmul(weight.t());
-    lacks = {.input = source - x, .output = wanted - x.matmul(weight.t())};
+    lack = wanted - x.matmul(weight.t());
   }
-  InputRows Rows() const { return RowsOf(x, lacks); }
+  InputRows Rows() const { return RowsOf(x, lack); }
   CorrectedWeight Corrected(const at::Tensor& weight, const Noisy& held_out) const {
     return Correct(weight, Gram(x), Rows(), held_out.Rows());
   }
@@ -506,29 +505,17 @@ TEST(Correct, TakesTheShareThatIsBestOnTheHeldOutInputs) {
 }
 
 TEST(Correct, StepsAlongTheDampedLeastSquaresSolution) {
-  const auto expect_step = [](int64_t out, int64_t tokens, at::ScalarType dtype, double bound) {
-    const at::Tensor weight = Weight(out, 96);
+  const at::Tensor weight = Weight(24, 96);
+  for (const int64_t tokens : {64, 95, 96, 300}) {
     const Noisy train(weight, tokens, 1, 1.0), held_out(weight, 256, 2, 1.0);
-    const InputRows rows = RowsOf(train.x.to(dtype), {.input = train.lacks.input, .output = {}});
-    const CorrectedWeight corrected = Correct(weight, Gram(train.x), rows, held_out.Rows());
+    const CorrectedWeight corrected = train.Corrected(weight, held_out);
     ASSERT_GT(corrected.share, 0);
     const at::Tensor x = train.x.to(at::kDouble), hessian = Gram(x);
     const at::Tensor damped = hessian + hessian.diagonal().mean() * at::eye(96, at::kDouble);
-    const at::Tensor lack = train.lacks.output.to(at::kDouble);
-    const at::Tensor step = at::linalg_solve(damped, x.t().matmul(lack)).t();
+    const at::Tensor step = at::linalg_solve(damped, x.t().matmul(train.lack.to(at::kDouble))).t();
     const at::Tensor found = (corrected.weight - weight) / corrected.share;
-    EXPECT_LT(Amax(found - step), bound * Amax(step)) << out << " " << tokens;
-  };
-  for (const int64_t out : {24, 200}) {
-    for (const int64_t tokens : {32, 64, 95, 96, 300}) {
-      expect_step(out, tokens, at::kFloat, 1e-4);
-      expect_step(out, tokens, at::kBFloat16, 0.02);
-    }
+    EXPECT_LT(Amax(found - step), 1e-4 * Amax(step)) << tokens;
   }
-  EXPECT_TRUE(CorrectsByInputs(300, 96, 200));
-  EXPECT_TRUE(CorrectsByInputs(95, 96, 200));
-  EXPECT_FALSE(CorrectsByInputs(64, 96, 24));
-  EXPECT_FALSE(CorrectsByInputs(300, 96, 24));
 }
 
 TEST(Correct, LeavesAWeightWithoutASourceAlone) {
@@ -588,7 +575,7 @@ TEST(InputRows, JudgeByTheWeightedSquaresOfTheOutputs) {
   for (const auto& [begin, count] : {std::pair(0, 100), std::pair(100, 412)}) {
     const at::Tensor x = inputs.x.narrow(0, begin, count);
     const at::Tensor weights = token_weights.narrow(0, begin, count);
-    with_lack.Add(x, weights, {.input = {}, .output = inputs.lacks.output.narrow(0, begin, count)});
+    with_lack.Add(x, weights, inputs.lack.narrow(0, begin, count));
     without.Add(x, weights);
   }
   EXPECT_EQ(with_lack.tokens(), 512);
@@ -597,8 +584,7 @@ TEST(InputRows, JudgeByTheWeightedSquaresOfTheOutputs) {
     return (outputs.square().sum(-1) * token_weights).sum().item<double>();
   };
   EXPECT_NEAR(with_lack.ErrorOf(rounded, weight).weight / weighted(y), 1, 1e-5);
-  EXPECT_NEAR(with_lack.ErrorOf(rounded, weight).output / weighted(y - inputs.lacks.output), 1,
-              1e-5);
+  EXPECT_NEAR(with_lack.ErrorOf(rounded, weight).output / weighted(y - inputs.lack), 1, 1e-5);
   EXPECT_NEAR(without.ErrorOf(rounded, weight).output / weighted(y), 1, 1e-5);
   InputMoments moments(96);
   moments.Add(with_lack.x(), {});

@@ -43,23 +43,19 @@ void AddUpperProduct(const at::Tensor& x, at::Tensor& sum) {
   }
 }
 
-void InputRows::Add(const at::Tensor& x, const at::Tensor& token_weights, const Lacks& lacks) {
-  const auto keep = [&](const at::Tensor& rows, std::vector<at::Tensor>& kept) {
-    if (rows.defined()) kept.push_back(Weighted(rows, token_weights, ProductType(x.scalar_type())));
-  };
-  keep(x, x_);
-  keep(lacks.input, input_lack_);
-  keep(lacks.output, output_lack_);
+void InputRows::Add(const at::Tensor& x, const at::Tensor& token_weights, const at::Tensor& lack) {
+  x_.push_back(Weighted(x, token_weights, ProductType(x.scalar_type())));
+  if (lack.defined()) lack_.push_back(Weighted(lack, token_weights, ProductType(x.scalar_type())));
   tokens_ += x.size(0);
 }
 
 at::Tensor InputRows::x() const { return Joined(x_); }
 
-at::Tensor InputRows::input_lack() const { return Joined(input_lack_); }
+at::Tensor InputRows::lack() const { return Joined(lack_); }
 
 double InputRows::LackEnergy() const {
   double energy = 0;
-  for (const at::Tensor& lack : output_lack_) {
+  for (const at::Tensor& lack : lack_) {
     const at::Tensor wide = lack.to(at::kFloat);
     energy += ops::InnerProduct(wide, wide);
   }
@@ -74,10 +70,10 @@ RoundingError InputRows::ErrorOf(const at::Tensor& decoded, const at::Tensor& we
     const at::Tensor y = at::matmul(x_[i], difference.t()).to(at::kFloat);
     const double square = ops::InnerProduct(y, y);
     error.weight += square;
-    if (output_lack_.empty()) {
+    if (lack_.empty()) {
       error.output += square;
     } else {
-      const at::Tensor distance = y - output_lack_[i];
+      const at::Tensor distance = y - lack_[i];
       error.output += ops::InnerProduct(distance, distance);
     }
   }

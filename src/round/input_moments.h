@@ -3,11 +3,10 @@
 
 // What rounding needs to know of the inputs of one Linear, weighted by w_t per token
 // (docs/rendering.md). x_t is the input as the format's product sees it, s_t the source model's
-// input there, l_t = s_t - x_t what the input lacks of the source's and e_t = W l_t what the output
-// does.
+// input there, e_t = W (s_t - x_t) what the output lacks of the source's.
 //
-// InputRows: the inputs themselves, and of the lacks those that are needed. They judge a rounded
-// weight W + D by sum_t w_t |(W + D) x_t - W s_t|^2.
+// InputRows: the inputs and lacks themselves. They judge a rounded weight W + D by
+// sum_t w_t |(W + D) x_t - W s_t|^2.
 //
 // InputMoments: the Hessian H = sum_t w_t x_t x_t^T, added up block by block of tokens in float32;
 // of bfloat16 inputs each block's product is rounded to bfloat16 first. It judges by tr(D H D^T).
@@ -49,26 +48,21 @@ class RoundingJudge {
 
 class InputRows : public RoundingJudge {
  public:
-  struct Lacks {
-    at::Tensor input, output;  // l [tokens, in], e [tokens, out]
-  };
-  // x [tokens, in] in any float dtype; weights [tokens] or undefined (all ones). Of the lacks any
-  // may be undefined, the same for all calls: rows without output lacks are judged by as if the
-  // source had them too.
-  void Add(const at::Tensor& x, const at::Tensor& token_weights, const Lacks& lacks = {});
-  // All rows, and all that they lack, times the root of their weight, in ProductType of their
-  // dtype: [tokens, in]; undefined if there are none.
+  // x [tokens, in] in any float dtype; weights [tokens] or undefined (all ones); lack e [tokens,
+  // out], or undefined if x is what the source has. One of both for all calls.
+  void Add(const at::Tensor& x, const at::Tensor& token_weights, const at::Tensor& lack = {});
+  // All rows times the root of their weight, in ProductType of their dtype: [tokens, in] and
+  // [tokens, out]; undefined if there are none.
   at::Tensor x() const;
-  at::Tensor input_lack() const;
+  at::Tensor lack() const;
   int64_t tokens() const { return tokens_; }
-  // sum_t w_t |e_t|^2, the distance of the outputs from the source's before any rounding; 0 of
-  // unknown ones.
+  // sum_t w_t |e_t|^2, the distance of the outputs from the source's before any rounding.
   double LackEnergy() const;
   // Products are taken in ProductType.
   RoundingError ErrorOf(const at::Tensor& decoded, const at::Tensor& weight) const override;
 
  private:
-  std::vector<at::Tensor> x_, input_lack_, output_lack_;  // by call
+  std::vector<at::Tensor> x_, lack_;  // by call
   int64_t tokens_ = 0;
 };
 
