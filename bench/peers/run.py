@@ -24,6 +24,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+WEIGHTS_ALONE = "-weights"
 NVFP4_BITS = 4.5  # at this budget every allocation is NVFP4 everywhere
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -39,6 +40,7 @@ class Row:
     venvs: tuple[str, ...] = ()
     budget: float | None = None
     ours: bool = False
+    weights_alone: bool = False  # activations are not quantized
     leaves: str = "checkpoint"  # "measurement", "preparation"
     needs: Row | None = None
 
@@ -132,12 +134,14 @@ def held_out_options(arguments: argparse.Namespace, tokens: str) -> list[str]:
 def uniform_rows(arguments: argparse.Namespace) -> list[Row]:
     tool = f"llm-compressor {pinned('llm-compressor', 'llmcompressor')}"
     cases = {"nvfp4": ["--scheme", "NVFP4"], "nvfp4-gptq": ["--scheme", "NVFP4", "--gptq"],
+             "nvfp4a16-gptq": ["--scheme", "NVFP4A16", "--gptq"], "int4-gptq": ["--scheme", "W4A16", "--gptq"],
              "mxfp8": ["--scheme", "MXFP8"], "fp8": ["--scheme", "FP8_DYNAMIC"]}
     rows = []
     for case, options in cases.items():
         name = f"llm-compressor-{case}"
         settings = f"{options[1]}, {'GPTQ' if '--gptq' in options else 'to nearest'}"
-        rows.append(Row(name, tool, settings, [llm_compressor(arguments, arguments.out / name, *options)], ("llm-compressor",)))
+        rows.append(Row(name, tool, settings, [llm_compressor(arguments, arguments.out / name, *options)], ("llm-compressor",),
+                        weights_alone="A16" in options[1]))
     return rows
 
 
@@ -194,13 +198,16 @@ def our_rows(arguments: argparse.Namespace, budgets: list[float]) -> list[Row]:
                     leaves="preparation")
         rows.append(probe)
         for budget in budgets:
-            formats = {"": []} | ({"-mxfp8": ["--formats", "nvfp4,mxfp8,bf16"]} if suffix == "-smooth" else {})
+            formats = {"": []}
+            if suffix == "-smooth":
+                formats |= {"-mxfp8": ["--formats", "nvfp4,mxfp8,bf16"], WEIGHTS_ALONE: ["--formats", "nvfp4a16,int8,bf16"]}
             for kind, format_options in formats.items():
                 name = f"prismaquant-{budget:g}{suffix}{kind}"
                 command = [program, "quantize", str(arguments.source), str(arguments.out / name / "checkpoint"), *store,
                            "--bpp", str(budget), *format_options, "--no-eval"]
                 settings = " ".join([f"--bpp {budget:g}", *(option for option in options if option == "--smooth"), *format_options]) + words
-                rows.append(Row(name, tool, settings, [command], budget=budget, ours=True, needs=probe))
+                rows.append(Row(name, tool, settings, [command], budget=budget, ours=True, weights_alone=kind == WEIGHTS_ALONE,
+                                needs=probe))
     return rows
 
 
@@ -322,10 +329,12 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 
 
 def comparison_cells(row: Row, rows: list[Row], results: dict[str, dict]) -> list[str]:
-    """Our row beside the peer of the least divergence that is not larger than the budget, or than ours."""
+    """Our row beside the peer of the least divergence that is not larger than the budget, or than ours, and like ours quantizes
+    activations or does not."""
     result = results[row.name]
     most = max(row.budget, result["bpp"])
-    peers = [peer for peer in rows if peer.steps and not peer.ours and results.get(peer.name, {}).get("bpp", math.inf) <= most]
+    peers = [peer for peer in rows if peer.steps and not peer.ours and peer.weights_alone == row.weights_alone
+             and results.get(peer.name, {}).get("bpp", math.inf) <= most]
     ours = [row.settings, f"{result['bpp']:.3f}", f"{result['kl']:.4f}"]
     if not peers:
         return [*ours, "none", "-", "-", "-"]

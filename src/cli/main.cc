@@ -11,6 +11,7 @@
 #include "base/interrupt.h"
 #include "base/version.h"
 #include "cli/command.h"
+#include "formats/block_pool.h"
 #include "formats/torch_guard.h"
 
 namespace {
@@ -71,5 +72,6 @@ int main(int argc, char** argv) {
     return code == 0 ? 0 : kBadUsage;
   }
   prismaquant::CatchInterrupts();
+  prismaquant::UseBlockPool();
   return Run(commands);
 }

@@ -10,7 +10,7 @@
 #include "base/interrupt.h"
 #include "cli/calibration_store.h"
 #include "export/exporter.h"
-#include "performance/memory.h"
+#include "formats/block_pool.h"
 #include "probe/measure_smoothing.h"
 
 namespace prismaquant {

@@ -158,7 +158,8 @@ class Forecaster {
     needs.written += body.load.tokens * hidden_ * element_;
     needs.stored = LayerInputs() + needs.written;
     const double held = std::min<double>(body.load.longest * vocabulary_, kLogitProductElements);
-    needs.resident = (2 + (Copied() ? element_ : 0) + element_) * table + 2 * element_ * held +
+    // Logits, their gradient, and the one of them that a product packs.
+    needs.resident = (2 + (Copied() ? element_ : 0) + element_) * table + 3 * element_ * held +
                      2 * body.load.tokens * hidden_ * element_ +
                      kLossBlockBytes * std::min<double>(kLogitBlockElements, held);
     if (priced) {

@@ -1,6 +1,5 @@
 #include "performance/memory.h"
 
-#include <malloc.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -58,7 +57,5 @@ int64_t ResidentBytes() {
   file >> all >> resident;
   return resident * ::sysconf(_SC_PAGESIZE);
 }
-
-void ReturnFreedMemory() { ::malloc_trim(0); }
 
 }  // namespace prismaquant

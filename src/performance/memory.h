@@ -16,8 +16,6 @@ int64_t AvailableMemoryBytes();
 int64_t LeftOfControlGroup(const std::filesystem::path& group);
 // Resident set of this process.
 int64_t ResidentBytes();
-// Gives the system back what the heap holds of freed memory.
-void ReturnFreedMemory();
 
 }  // namespace prismaquant
 

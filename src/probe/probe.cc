@@ -12,6 +12,7 @@
 
 #include "base/interrupt.h"
 #include "base/progress.h"
+#include "formats/block_pool.h"
 #include "formats/extremes.h"
 #include "formats/torch_guard.h"
 #include "model/layer_pages.h"
@@ -95,6 +96,7 @@ class ProbePass {
   }
 
   Status Forward(const PartLayers& part, const std::string& title) {
+    ReturnFreedMemory();  // of the stage before
     RECORD_USER_SCOPE("probe, forward");
     return forward_.Run(part, "probe, forward, " + title,
                         [this](int layer, const LayerWeights& weights,
@@ -117,6 +119,7 @@ class ProbePass {
   }
 
   Status Head(const PartLayers& part) {
+    ReturnFreedMemory();
     RECORD_USER_SCOPE("probe, head");
     const PartLayers* projection = model_.FindPart(Part::kHead);
     const LayerPages pages(model_, projection == nullptr ? -1 : projection->first, -1);
@@ -161,6 +164,7 @@ class ProbePass {
   }
 
   Status Backward(const PartLayers& part, const std::string& title) {
+    ReturnFreedMemory();
     RECORD_USER_SCOPE("probe, backward");
     Progress progress("probe, backward, " + title, part.end - part.first, "layers");
     for (int layer = part.end - 1; layer >= part.first; --layer) {
