@@ -63,7 +63,7 @@ with_test=0
 for argument in "$@"; do
   case $argument in
     test) with_test=1 ;;
-    lint) packages+=(clang-format clang-tidy libbenchmark-dev) ;;
+    lint) packages+=(clang-format clang-tidy libomp-dev libbenchmark-dev) ;;
     *) die "$argument: expected test or lint" ;;
   esac
 done

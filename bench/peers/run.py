@@ -134,8 +134,7 @@ def held_out_options(arguments: argparse.Namespace, tokens: str) -> list[str]:
 def uniform_rows(arguments: argparse.Namespace) -> list[Row]:
     tool = f"llm-compressor {pinned('llm-compressor', 'llmcompressor')}"
     cases = {"nvfp4": ["--scheme", "NVFP4"], "nvfp4-gptq": ["--scheme", "NVFP4", "--gptq"],
-             "nvfp4a16-gptq": ["--scheme", "NVFP4A16", "--gptq"], "int4-gptq": ["--scheme", "W4A16", "--gptq"],
-             "mxfp8": ["--scheme", "MXFP8"], "fp8": ["--scheme", "FP8_DYNAMIC"]}
+             "nvfp4a16-gptq": ["--scheme", "NVFP4A16", "--gptq"], "mxfp8": ["--scheme", "MXFP8"], "fp8": ["--scheme", "FP8_DYNAMIC"]}
     rows = []
     for case, options in cases.items():
         name = f"llm-compressor-{case}"

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <utility>
 #include <vector>
 
@@ -16,7 +17,7 @@
 
 namespace {
 
-constexpr int kBadUsage = 2;
+constexpr int kBadUsage = 2, kSystemFailure = 3;
 // OpenMP's threads spin while they wait for each other, by default for so long that on a machine
 // with other work they take the processor from the very threads they wait for, and a run becomes
 // several times slower. A thousand turns are enough for the waits of an idle machine. Large
@@ -40,7 +41,7 @@ void StartWithSettings(char** argv) {
   if (changed) execv("/proc/self/exe", argv);
 }
 
-int Run(const std::vector<prismaquant::Command>& commands) {
+int RunParsed(const std::vector<prismaquant::Command>& commands) {
   for (const prismaquant::Command& command : commands) {
     if (!command.app->parsed()) continue;
     const prismaquant::Status status =
@@ -51,10 +52,7 @@ int Run(const std::vector<prismaquant::Command>& commands) {
   return 0;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  StartWithSettings(argv);
+int Run(int argc, char** argv) {
   CLI::App app("Quantizes language models to mixed-precision compressed-tensors checkpoints.",
                "prismaquant");
   app.set_version_flag("--version", prismaquant::kVersion);
@@ -73,5 +71,19 @@ int main(int argc, char** argv) {
   }
   prismaquant::CatchInterrupts();
   prismaquant::UseBlockPool();
-  return Run(commands);
+  return RunParsed(commands);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  StartWithSettings(argv);
+  try {
+    return Run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fputs("prismaquant: ", stderr);
+    std::fputs(error.what(), stderr);
+    std::fputs("\n", stderr);
+    return kSystemFailure;
+  }
 }
