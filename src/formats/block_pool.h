@@ -8,7 +8,6 @@
 // before, and less time. Thread-safe.
 
 #include <cstddef>
-#include <functional>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
