@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/interrupt.h"
+#include "base/status.h"
 #include "base/version.h"
 #include "cli/command.h"
 #include "formats/block_pool.h"
@@ -17,12 +18,13 @@
 
 namespace {
 
-constexpr int kBadUsage = 2, kSystemFailure = 3;
+constexpr int kBadUsage = static_cast<int>(prismaquant::StatusCode::kInvalidInput);
+constexpr int kSystemFailure = static_cast<int>(prismaquant::StatusCode::kSystem);
 // OpenMP's threads spin while they wait for each other, by default for so long that on a machine
 // with other work they take the processor from the very threads they wait for, and a run becomes
-// several times slower. A thousand turns are enough for the waits of an idle machine. Large
-// temporary tensors come from the system page by page, which takes longer than computing them;
-// huge pages are several hundred times fewer. A variable that the user has set stays.
+// several times slower. A thousand turns are enough for the waits of an idle machine. What the
+// libraries allocate for themselves comes from the system page by page, which takes longer than
+// computing it; huge pages are several hundred times fewer. A variable that the user has set stays.
 constexpr std::array<std::pair<const char*, const char*>, 3> kRuntimeSettings = {{
     {"OMP_WAIT_POLICY", "passive"},
     {"GOMP_SPINCOUNT", "1000"},

@@ -53,15 +53,15 @@ class PoolAllocator final : public c10::Allocator {
 void* BlockPool::Take(size_t bytes) {
   bytes = (bytes + kUnit - 1) / kUnit * kUnit;
   const std::lock_guard lock(mutex_);
-  void* block = Reuse(bytes);
-  if (block == nullptr) {
+  Block block = TakeFree(bytes);
+  if (block.start == nullptr) {
     MakeRoom(bytes);
-    block = Map(bytes);
-    used_[block] = bytes;
-    used_bytes_ += bytes;
+    block = {Map(bytes), bytes};
   }
+  used_[block.start] = block.bytes;
+  used_bytes_ += block.bytes;
   most_used_ = std::max(most_used_, used_bytes_);
-  return block;
+  return block.start;
 }
 
 bool BlockPool::GiveBack(void* block) {
@@ -77,7 +77,7 @@ bool BlockPool::GiveBack(void* block) {
 
 void BlockPool::Drop() {
   const std::lock_guard lock(mutex_);
-  for (const Free& free : free_) ::munmap(free.block, free.bytes);
+  for (const Block& block : free_) ::munmap(block.start, block.bytes);
   free_.clear();
   free_bytes_ = 0;
   most_used_ = used_bytes_;
@@ -93,17 +93,15 @@ size_t BlockPool::free_bytes() const {
   return free_bytes_;
 }
 
-void* BlockPool::Reuse(size_t bytes) {
+BlockPool::Block BlockPool::TakeFree(size_t bytes) {
   auto best = free_.end();
   for (auto free = free_.begin(); free != free_.end(); ++free) {
     const bool fits = free->bytes >= bytes && free->bytes - bytes <= free->bytes / kWaste;
     if (fits && (best == free_.end() || free->bytes < best->bytes)) best = free;
   }
-  if (best == free_.end()) return nullptr;
-  void* block = best->block;
-  used_[block] = best->bytes;
-  used_bytes_ += best->bytes;
-  free_bytes_ -= best->bytes;
+  if (best == free_.end()) return {};
+  const Block block = *best;
+  free_bytes_ -= block.bytes;
   free_.erase(best);
   return block;
 }
@@ -112,7 +110,7 @@ void BlockPool::MakeRoom(size_t bytes) {
   const size_t limit = std::max(most_used_, used_bytes_ + bytes);
   auto kept = free_.begin();
   for (; kept != free_.end() && used_bytes_ + free_bytes_ + bytes > limit; ++kept) {
-    ::munmap(kept->block, kept->bytes);
+    ::munmap(kept->start, kept->bytes);
     free_bytes_ -= kept->bytes;
   }
   free_.erase(free_.begin(), kept);

@@ -36,19 +36,19 @@ class BlockPool {
   size_t free_bytes() const;
 
  private:
-  struct Free {
-    void* block;
-    size_t bytes;
+  struct Block {
+    void* start = nullptr;
+    size_t bytes = 0;
   };
 
-  // The smallest free block that holds so many bytes and wastes little, else null.
-  void* Reuse(size_t bytes);
+  // Takes the smallest free block that holds so many bytes and wastes little; null without one.
+  Block TakeFree(size_t bytes);
   // Frees those that were given back first until `bytes` more fit below what was once used.
   void MakeRoom(size_t bytes);
 
   mutable std::mutex mutex_;
   std::unordered_map<void*, size_t> used_;
-  std::vector<Free> free_;  // in the order in which they were given back
+  std::vector<Block> free_;  // in the order in which they were given back
   size_t used_bytes_ = 0, free_bytes_ = 0, most_used_ = 0;
 };
 
