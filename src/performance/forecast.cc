@@ -8,6 +8,7 @@
 #include "probe/loss.h"
 #include "round/factored_hessian.h"
 #include "round/input_moments.h"
+#include "round/output_hessian.h"
 
 namespace prismaquant {
 namespace {
@@ -191,7 +192,9 @@ class Forecaster {
         needs.read += layer.stored + 2 * states * layer.hidden;
         needs.written += states * layer.hidden;
         needs.stored = std::max(needs.stored, LayerInputs() + 2 * states * layer.hidden);
-        const double errors = product_ * formats * dense + KeptForExperts(layer, part.load.tokens);
+        const double sketches = AddSketches(layer, part.load.tokens, needs);
+        const double errors =
+            product_ * formats * dense + KeptForExperts(layer, part.load.tokens) + sketches;
         const double running = product_ * layer.LargestWeight() + SavedActivations(part, layer);
         needs.resident =
             std::max(needs.resident, Loaded(layer) + errors + running + 3 * states * layer.hidden);
@@ -202,6 +205,19 @@ class Forecaster {
   }
 
   // Of all tokens that reach them with the weights of experts, once.
+  // Of the output Hessians, and their factors. Returns the bytes that are held.
+  static double AddSketches(const LayerShape& layer, double tokens, StageNeeds& needs) {
+    double elements = 0;
+    for (const LinearLoad& linear : layer.linears) {
+      if (linear.is_expert) continue;
+      const double probes = std::min<double>(OutputSketch::kProbes, linear.out);
+      const double rank = std::min<double>(OutputSketch::kRank, linear.out);
+      needs.float_products += linear.out * probes * (4 * tokens + 6 * probes + 2 * rank);
+      elements += 2 * linear.out * probes;
+    }
+    return kFloat * elements;
+  }
+
   static double ExpertProducts(const LayerShape& layer, double tokens) {
     double products = 0;
     for (const LinearLoad& linear : layer.linears) {
@@ -316,6 +332,10 @@ class Forecaster {
           }
           needs.products += 2 * kJudgements * kJudgedShare * tokens * linear.weights();
           AddRounding(linear, 1, needs);
+          if (settings_.rendering.guided && !linear.is_expert) {
+            const double rank = std::min<double>(OutputSketch::kRank, linear.out);
+            needs.float_products += 4 * rank * linear.weights();
+          }
           needs.memory += kFloat * kRowPasses * tokens * (linear.in + linear.out);
           if (streams < 2 || linear.is_expert) continue;
           needs.products += 2 * tokens * linear.weights();

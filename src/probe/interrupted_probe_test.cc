@@ -16,6 +16,7 @@
 #include "io/temporary_folder.h"
 #include "probe/probe.h"
 #include "probe/tiny_checkpoint.h"
+#include "round/output_hessian.h"
 
 namespace prismaquant {
 namespace {
@@ -67,7 +68,7 @@ class SnapshotFileSystem : public FileSystem {
 struct Outcome {
   std::vector<std::string> stats;
   std::map<std::string, std::vector<uint64_t>> costs;
-  std::map<std::string, std::string> token_weights;
+  std::map<std::string, std::string> token_weights, output_factors;
   std::set<std::string> files;
   bool operator==(const Outcome&) const = default;
 };
@@ -102,11 +103,14 @@ class InterruptedProbeTest : public ::testing::Test {
       }
     }
     for (int layer = 0; layer < TinyCheckpoint::kLayers; ++layer) {
-      const SafetensorsFile file = store.Blob(TokenWeightBlob(layer)).value();
-      for (const TensorView& view : file.tensors()) {
-        outcome.token_weights[view.name] = {reinterpret_cast<const char*>(view.bytes.data()),
-                                            view.bytes.size()};
-      }
+      const auto read = [&](const std::string& blob, std::map<std::string, std::string>& all) {
+        const SafetensorsFile file = store.Blob(blob).value();
+        for (const TensorView& view : file.tensors()) {
+          all[view.name] = {reinterpret_cast<const char*>(view.bytes.data()), view.bytes.size()};
+        }
+      };
+      read(TokenWeightBlob(layer), outcome.token_weights);
+      read(OutputFactorBlob(layer), outcome.output_factors);
     }
     for (const auto& entry : std::filesystem::recursive_directory_iterator(folder))
       outcome.files.insert(entry.path().lexically_relative(folder).string());
@@ -121,12 +125,18 @@ TEST_F(InterruptedProbeTest, OnlyWhatIsNeededLaterRemains) {
   ASSERT_TRUE(Run(folder_ / "whole").ok());
   const Outcome outcome = Read(folder_ / "whole");
   EXPECT_EQ(outcome.files,
-            (std::set<std::string>{"lock", "run.sqlite", "token_weight",
+            (std::set<std::string>{"lock", "output_factor", "output_factor/0.safetensors",
+                                   "output_factor/1.safetensors", "run.sqlite", "token_weight",
                                    "token_weight/0.safetensors", "token_weight/1.safetensors"}));
   EXPECT_EQ(outcome.stats.size(), tiny_.model().linears().size());
   EXPECT_EQ(outcome.token_weights.size(), tiny_.model().linears().size());
   for (const auto& [name, bytes] : outcome.token_weights)
     EXPECT_EQ(bytes.size(), TinyCheckpoint::kSequences * TinyCheckpoint::kTokens * sizeof(float));
+  for (const LinearInfo& linear : tiny_.model().linears()) {
+    const auto rank = static_cast<size_t>(std::min(linear.out, OutputSketch::kRank));
+    EXPECT_EQ(outcome.output_factors.at(linear.name).size(),
+              2 * rank * static_cast<size_t>(linear.out));
+  }
   ASSERT_TRUE(Run(folder_ / "whole").ok());
   EXPECT_TRUE(Read(folder_ / "whole") == outcome) << "a second run changed something";
 }

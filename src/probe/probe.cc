@@ -223,8 +223,8 @@ class ProbePass {
       return errors;
     }
     const at::NoGradGuard no_grad;
-    PQ_ASSIGN_OR_RETURN(auto token_weights, LoadTokenWeights(store_, layer));
-    MomentsRunner runner(weights, scales, std::move(token_weights), pass_.formats);
+    PQ_ASSIGN_OR_RETURN(Guidance guidance, LoadGuidance(store_, layer));
+    MomentsRunner runner(weights, scales, std::move(guidance.token_weights), pass_.formats);
     for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
       runner.BeginSequence(n);
       RunLayer(block, sequences_.Context(part.part, n), inputs.of(n), runner);
@@ -261,19 +261,22 @@ class ProbePass {
                         int64_t first, const std::vector<at::Tensor>& gradients) {
     std::vector<LinearStats> stats;
     std::vector<LinearCost> costs;
-    std::vector<std::pair<std::string, at::Tensor>> weights;
+    std::vector<std::pair<std::string, at::Tensor>> weights, factors;
     for (size_t i = 0; i < runner.linears().size(); ++i) {
       const LinearStatistics& linear = runner.statistics()[i];
       stats.push_back(linear.Stats());
       for (LinearCost& cost : linear.Costs()) costs.push_back(std::move(cost));
       if (runner.linears()[i].is_expert) continue;
       weights.emplace_back(stats.back().name, linear.TokenWeights());
+      const at::Tensor factor = linear.OutputFactor();
+      if (factor.defined()) factors.emplace_back(stats.back().name, factor);
     }
     PQ_RETURN_IF_ERROR(RequireFinite(stats, costs));
     if (!AllFinite(gradients)) {
       return NotFinite(model_, fmt::format("the gradient at the input of layer {}", layer));
     }
     PQ_RETURN_IF_ERROR(PutTensors(store_, TokenWeightBlob(layer), weights));
+    PQ_RETURN_IF_ERROR(PutTensors(store_, OutputFactorBlob(layer), factors));
     PQ_RETURN_IF_ERROR(HandOn(part, layer, first, gradients));
     PQ_RETURN_IF_ERROR(store_.Commit(pass_.backward_stage, layer, stats, costs));
     PQ_RETURN_IF_ERROR(store_.RemoveBlob(GradientBlob(part, layer + 1)));
@@ -333,15 +336,21 @@ Result<bool> IsProbed(RunStore& store) {
 
 std::string TokenWeightBlob(int64_t layer) { return fmt::format("token_weight/{}", layer); }
 
-Result<std::map<std::string, at::Tensor>> LoadTokenWeights(const RunStore& store, int64_t layer) {
-  PQ_ASSIGN_OR_RETURN(const SafetensorsFile file, store.Blob(TokenWeightBlob(layer)));
-  std::map<std::string, at::Tensor> all;
-  for (const TensorView& view : file.tensors()) {
-    const at::Tensor weights = TensorFromView(view);
-    all[view.name] =
-        (weights / weights.mean().clamp_min(1e-30)).clamp_max(kLargestTokenWeight).clone();
+std::string OutputFactorBlob(int64_t layer) { return fmt::format("output_factor/{}", layer); }
+
+Result<Guidance> LoadGuidance(const RunStore& store, int64_t layer) {
+  Guidance guidance;
+  PQ_ASSIGN_OR_RETURN(const SafetensorsFile weights, store.Blob(TokenWeightBlob(layer)));
+  for (const TensorView& view : weights.tensors()) {
+    const at::Tensor squares = TensorFromView(view);
+    guidance.token_weights[view.name] =
+        (squares / squares.mean().clamp_min(1e-30)).clamp_max(kLargestTokenWeight).clone();
   }
-  return all;
+  PQ_ASSIGN_OR_RETURN(const SafetensorsFile factors, store.Blob(OutputFactorBlob(layer)));
+  for (const TensorView& view : factors.tensors()) {
+    guidance.output_factors[view.name] = TensorFromView(view).clone();
+  }
+  return guidance;
 }
 
 LossTokens CountLossTokens(const Model& model, const Calibration& calibration, LabelRule labels) {

@@ -60,11 +60,20 @@ struct LossTokens {
 };
 LossTokens CountLossTokens(const Model& model, const Calibration& calibration, LabelRule labels);
 
-// Name of the probe's blob of a layer: per Linear but the experts', which see other tokens when the
-// model before them is quantized, |g_t|^2 of its tokens, all sequences joined.
+// What the probe leaves for guided rounding of a layer's Linears but the experts, which see other
+// tokens when the model before them is quantized; a blob each, a tensor per Linear.
+//
+// |g_t|^2 of its tokens, all sequences joined.
 std::string TokenWeightBlob(int64_t layer);
-// Its content as weights of tokens in a Hessian, by Linear: over their mean, and cut at 10.
-Result<std::map<std::string, at::Tensor>> LoadTokenWeights(const RunStore& store, int64_t layer);
+// What OutputSketch leaves of g_t, bfloat16; none where there was no gradient.
+std::string OutputFactorBlob(int64_t layer);
+
+struct Guidance {
+  // Weights of the tokens in a Hessian: |g_t|^2 over their mean, and cut at 10.
+  std::map<std::string, at::Tensor> token_weights;
+  std::map<std::string, at::Tensor> output_factors;
+};
+Result<Guidance> LoadGuidance(const RunStore& store, int64_t layer);
 
 }  // namespace prismaquant
 

@@ -130,11 +130,13 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
   stats_.input_amax = scales.input_amax;
   sums_.assign(errors_.size(), Sums(sequences));
   in_sample_ = sums_;
+  if (!linear.is_expert) outputs_.emplace();
 }
 
 void LinearStatistics::AddTokens(const at::Tensor& x_f32, const at::Tensor& g) {
   const at::Tensor grad_squares = g.to(at::kFloat).square().sum(-1);
   token_weights_.push_back(grad_squares);
+  if (outputs_) outputs_->Add(g);
   stats_.tokens += g.size(0);
   stats_.grad_square += grad_squares.sum(at::kDouble).item<double>();
   stats_.fisher_trace += (grad_squares * x_f32.square().sum(-1)).sum(at::kDouble).item<double>();
@@ -235,6 +237,11 @@ std::vector<LinearCost> LinearStatistics::Costs() const {
 
 at::Tensor LinearStatistics::TokenWeights() const {
   return token_weights_.empty() ? at::empty({0}) : at::cat(token_weights_);
+}
+
+at::Tensor LinearStatistics::OutputFactor() const {
+  const at::Tensor factor = outputs_ ? outputs_->Factor() : at::Tensor();
+  return factor.defined() ? factor.to(at::kBFloat16) : factor;
 }
 
 }  // namespace prismaquant

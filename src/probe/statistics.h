@@ -23,6 +23,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -30,6 +31,7 @@
 #include "formats/format.h"
 #include "model/model.h"
 #include "round/input_moments.h"
+#include "round/output_hessian.h"
 #include "store/run_store.h"
 
 namespace prismaquant {
@@ -120,6 +122,8 @@ class LinearStatistics {
   std::vector<LinearCost> Costs() const;
   // |g_t|^2 for all tokens so far, float32 [tokens].
   at::Tensor TokenWeights() const;
+  // OutputSketch's, bfloat16; undefined for an expert, or without a gradient.
+  at::Tensor OutputFactor() const;
 
  private:
   // |g_t|^2 per token.
@@ -137,6 +141,7 @@ class LinearStatistics {
   std::vector<WeightErrors> errors_;
   std::vector<Sums> sums_, in_sample_;  // as errors_
   std::vector<at::Tensor> token_weights_;
+  std::optional<OutputSketch> outputs_;  // none of an expert
 };
 
 }  // namespace prismaquant

@@ -181,14 +181,19 @@ class Renderer {
     return states;
   }
 
-  Status LoadTokenWeights(int layer) {
-    token_weights_.clear();
+  Status LoadGuidanceOf(int layer) {
+    guidance_ = {};
     if (!guided_ || layer == HeadLayer()) return {};
-    PQ_ASSIGN_OR_RETURN(token_weights_, prismaquant::LoadTokenWeights(store_, layer));
+    PQ_ASSIGN_OR_RETURN(guidance_, LoadGuidance(store_, layer));
     return {};
   }
 
-  // The output projection, of which the probe leaves no token weights; -1 if it is tied.
+  RowFeedback FeedbackOf(const std::string& linear) const {
+    const auto factor = guidance_.output_factors.find(linear);
+    return factor == guidance_.output_factors.end() ? RowFeedback() : RowFeedback(factor->second);
+  }
+
+  // The output projection, of which the probe leaves no guidance; -1 if it is tied.
   int HeadLayer() const {
     const PartLayers* head = model_.FindPart(Part::kHead);
     return head == nullptr ? -1 : head->first;
@@ -202,7 +207,7 @@ class Renderer {
     if (follows_source()) {
       PQ_ASSIGN_OR_RETURN(streams.source, LayerInputs(Stream::kSource, part, layer));
     }
-    PQ_RETURN_IF_ERROR(LoadTokenWeights(layer));
+    PQ_RETURN_IF_ERROR(LoadGuidanceOf(layer));
     const int64_t first = sequences_.Range(part.part).first;
     const auto context = [&](size_t i) -> const SequenceContext& {
       return sequences_.Context(part.part, first + static_cast<int64_t>(i));
@@ -292,9 +297,10 @@ class Renderer {
     at::Tensor target = job.weight;
     const std::shared_ptr<const RoundingInputs> by =
         linear.is_expert ? SharedRounding(job, run) : MakeRounding(job, target);
-    PQ_ASSIGN_OR_RETURN(GptqResult result,
-                        RenderGuarded(job.format, job.weight, target, by->hessian, by->Judge(),
-                                      job.scales, linear.dtype, options_.gptq));
+    PQ_ASSIGN_OR_RETURN(
+        GptqResult result,
+        RenderGuarded(job.format, job.weight, target, by->hessian, by->Judge(), job.scales,
+                      linear.dtype, options_.gptq, FeedbackOf(linear.name)));
     report["rendered"] = result.fell_back ? "rtn" : HasFewInputs(job) ? "rtn+scales" : "gptq";
     if (by->held_out.tokens() > 0) {
       report["error_ratio"] = result.error_ratio;
@@ -341,11 +347,11 @@ class Renderer {
 
   void SplitInputs(const Job& job, RoundingInputs& by) const {
     const std::vector<at::Tensor>& x = job.inputs.For(job.format, job.scales);
-    const auto weights = token_weights_.find(job.linear.name);
+    const auto weights = guidance_.token_weights.find(job.linear.name);
     int64_t first = 0;
     for (size_t n = 0; n < x.size(); ++n) {
       const at::Tensor rows = x[n].reshape({-1, job.linear.in});
-      const at::Tensor token_weights = weights == token_weights_.end()
+      const at::Tensor token_weights = weights == guidance_.token_weights.end()
                                            ? at::Tensor()
                                            : weights->second.narrow(0, first, rows.size(0));
       InputRows& half = IsHeldOut(n, x.size()) ? by.held_out : by.train;
@@ -399,7 +405,7 @@ class Renderer {
   const std::string& key_;
   RunStore& store_;
   bool guided_ = false;
-  std::map<std::string, at::Tensor> token_weights_;  // of the current layer, by Linear
+  Guidance guidance_;  // of the current layer
 };
 
 }  // namespace

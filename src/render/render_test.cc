@@ -184,8 +184,8 @@ class RenderTest : public ::testing::Test {
   }
 
   // What kQuery must become, with one weight per token of all windows or none.
-  GptqResult ExpectedQuery(const std::vector<at::Tensor>& inputs,
-                           const at::Tensor& token_weights) const {
+  GptqResult ExpectedQuery(const std::vector<at::Tensor>& inputs, const at::Tensor& token_weights,
+                           const RowFeedback& feedback = {}) const {
     const auto source = Must(PlainLinears::Load(*model_, 0, {}));
     const std::vector<at::Tensor> wanted = LayerOneInputs(*source);
     const LinearInfo& linear = Info(kQuery);
@@ -207,16 +207,22 @@ class RenderTest : public ::testing::Test {
     const at::Tensor weight = WeightOf(kQuery);
     const at::Tensor target = Correct(weight, moments.hessian(), train, held_out).weight;
     return Must(RenderGuarded(format, weight, target, FactorHessian(format, moments.hessian(), {}),
-                              held_out, shared, DType::kBF16, {}));
+                              held_out, shared, DType::kBF16, {}, feedback));
   }
 
-  // Leaves in the store what the probe would: one weight per token and Linear.
-  void PutTokenWeights(RunStore& store, const at::Tensor& weights) const {
+  // Leaves in the store what the probe would: one weight per token and Linear, and of kQuery a
+  // factor of its outputs, if there is one.
+  void PutGuidance(RunStore& store, const at::Tensor& weights,
+                   const at::Tensor& factor = {}) const {
     for (int layer = 0; layer < kLayers; ++layer) {
-      std::vector<BlobTensor> blob;
+      std::vector<BlobTensor> blob, factors;
       for (const LinearInfo& linear : model_->LayerLinears(layer))
         blob.push_back({{linear.name, DType::kF32, weights.sizes().vec()}, TensorBytes(weights)});
       ASSERT_TRUE(store.PutBlob(TokenWeightBlob(layer), blob).ok());
+      if (factor.defined() && layer == Info(kQuery).layer) {
+        factors.push_back({{kQuery, DType::kBF16, factor.sizes().vec()}, TensorBytes(factor)});
+      }
+      ASSERT_TRUE(store.PutBlob(OutputFactorBlob(layer), factors).ok());
     }
     ASSERT_TRUE(store.PutNote(kProbedNote, "1").ok());
   }
@@ -315,7 +321,7 @@ TEST_F(RenderTest, TokensAreWeightedByTheProbe) {
   const at::Tensor uneven = torch::rand({tokens}).square() * 1e-9;
   const auto guided = [&](const char* name, const at::Tensor& weights, bool use) {
     RunStore store = Store(name);
-    PutTokenWeights(store, weights);
+    PutGuidance(store, weights);
     EXPECT_TRUE(Render(store, formats, {.guided = use}).ok());
     return All(store);
   };
@@ -331,6 +337,22 @@ TEST_F(RenderTest, TokensAreWeightedByTheProbe) {
   }
 }
 
+TEST_F(RenderTest, RowsAreMovedByTheProbesOutputFactor) {
+  const FormatChoice formats = Uniform("nvfp4");
+  const Rendered plain = RenderAll("plain", formats);
+  const at::Tensor even = torch::ones({windows_.count() * kTokens});
+  torch::manual_seed(3);
+  const at::Tensor factor = torch::randn({Info(kQuery).out, 4}).to(at::kBFloat16);
+  RunStore store = Store("store");
+  PutGuidance(store, even, factor);
+  ASSERT_TRUE(Render(store, formats).ok());
+  const Rendered rendered = All(store);
+  EXPECT_FALSE(SameStored({{kQuery, rendered.at(kQuery)}}, {{kQuery, plain.at(kQuery)}}));
+  RenderedRunner prefix(*model_, formats, rendered);
+  const GptqResult expected = ExpectedQuery(LayerOneInputs(prefix), even, RowFeedback(factor));
+  EXPECT_TRUE(SameStored({{kQuery, rendered.at(kQuery)}}, {{kQuery, expected.stored}}));
+}
+
 TEST_F(RenderTest, AnUnfinishedProbeWeightsNothing) {
   const FormatChoice formats = Uniform("nvfp4");
   const Rendered plain = RenderAll("plain", formats);
@@ -338,9 +360,11 @@ TEST_F(RenderTest, AnUnfinishedProbeWeightsNothing) {
   torch::manual_seed(2);
   {
     RunStore finished = Store("finished");
-    PutTokenWeights(finished, torch::rand({windows_.count() * kTokens}));
+    PutGuidance(finished, torch::rand({windows_.count() * kTokens}));
   }
-  std::filesystem::copy(folder_ / "finished" / "token_weight", folder_ / "store" / "token_weight");
+  for (const char* blob : {"token_weight", "output_factor"}) {
+    std::filesystem::copy(folder_ / "finished" / blob, folder_ / "store" / blob);
+  }
   ASSERT_TRUE(Render(store, formats).ok());
   EXPECT_TRUE(SameStored(All(store), plain));
 }

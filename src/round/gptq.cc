@@ -148,10 +148,35 @@ at::Tensor CorrectionStep(const at::Tensor& hessian, const InputRows& train) {
   return step.div_(damped.unit());
 }
 
+// Rounds a block of columns, some rows after the other. block: what is aimed at without regard to
+// other rows, overwritten by the rounded weights; weight: the weight itself there. Returns what
+// rounding left of what was aimed at in the end, [out, columns].
+at::Tensor RoundRows(const at::Tensor& weight, const at::Tensor& inverse, bool choose_scales,
+                     const RowFeedback& rows, GridState& state, at::Tensor& block) {
+  const int64_t out = block.size(0);
+  const int64_t step = rows.empty() ? out : rows.RowsAtATime(out);
+  at::Tensor left = at::empty_like(block), error = at::empty_like(block);
+  at::Tensor z = rows.empty() ? at::Tensor() : rows.Start(block.size(1));
+  for (int64_t first = 0; first < out; first += step) {
+    const int64_t count = std::min(step, out - first);
+    const auto own = [&](const at::Tensor& of_all) { return of_all.narrow(0, first, count); };
+    at::Tensor rounded = own(block), scale = own(state.scale), codes = own(state.codes),
+               of_columns = own(error);
+    const at::Tensor moved = rows.empty() ? at::Tensor() : rows.Moved(first, count, z);
+    if (moved.defined()) rounded.add_(moved);
+    ops::GptqBlock(state.grid, rounded, inverse, scale, codes, of_columns, state.global_scale,
+                   choose_scales);
+    const at::Tensor of_rows = own(weight) - rounded;
+    own(left).copy_(moved.defined() ? of_rows + moved : of_rows);
+    if (moved.defined()) rows.Add(first, of_rows, z);
+  }
+  return left;
+}
+
 // Rounds block by block of columns. What the columns before a block left, E = W - W_q, moves it by
 // E R U_BB, where R are the factor's rows above the block and U_BB is the inverse of its own
 // (docs/rendering.md). R is stored reversed; so is E here, which saves turning R around.
-void RunColumns(const at::Tensor& weight, const FactoredHessian& hessian,
+void RunColumns(const at::Tensor& weight, const FactoredHessian& hessian, const RowFeedback& rows,
                 const GptqOptions& options, GridState& state) {
   constexpr int64_t kBlockColumns = FactoredHessian::kBlockColumns;
   const int64_t in = weight.size(1);
@@ -168,17 +193,15 @@ void RunColumns(const at::Tensor& weight, const FactoredHessian& hessian,
       const at::Tensor moved = at::matmul(left.narrow(1, in - begin, begin), above);
       block.addmm_(moved.to(at::kFloat), inverse.flip(0));
     }
-    at::Tensor codes = at::empty(block.sizes(), at::kByte);
-    at::Tensor error = at::empty_like(block);
-    at::Tensor scale = state.scale;
+    GridState own = state;
+    own.codes = at::empty(block.sizes(), at::kByte);
     if (state.group > 0)
-      scale = at::empty({block.size(0), columns / state.group}, state.scale.options());
-    ops::GptqBlock(state.grid, block, inverse, scale, codes, error, state.global_scale,
-                   options.choose_scales);
-    state.codes.narrow(1, begin, columns).copy_(codes);
+      own.scale = at::empty({block.size(0), columns / state.group}, state.scale.options());
+    const at::Tensor error = RoundRows(target, inverse, options.choose_scales, rows, own, block);
+    state.codes.narrow(1, begin, columns).copy_(own.codes);
     if (state.group > 0)
-      state.scale.narrow(1, begin / state.group, columns / state.group).copy_(scale);
-    left.narrow(1, after, columns).copy_((target - block).to(products).flip(1));
+      state.scale.narrow(1, begin / state.group, columns / state.group).copy_(own.scale);
+    left.narrow(1, after, columns).copy_(error.to(products).flip(1));
   }
 }
 
@@ -192,7 +215,7 @@ FactoredHessian FactorHessian(const Format& format, const at::Tensor& hessian,
 
 Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
                               const FactoredHessian& hessian, const SharedScales& shared,
-                              DType source, const GptqOptions& options) {
+                              DType source, const GptqOptions& options, const RowFeedback& rows) {
   if (format.grid() == Grid::kNone) {
     return Status::InvalidInput(fmt::format("format {} has no grid to round to", format.name()));
   }
@@ -205,7 +228,7 @@ Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
     return result;
   }
   GridState state = MakeGrid(format, rtn, weight.size(0), weight.size(1));
-  RunColumns(ops::Gather(weight.contiguous(), hessian.columns()), hessian, options, state);
+  RunColumns(ops::Gather(weight.contiguous(), hessian.columns()), hessian, rows, options, state);
   RestoreOrder(hessian, state);
   result.stored = ToStored(format, state, std::move(rtn));
   if (options.sweep && format.grid() == Grid::kE2M1Group16) {
@@ -233,8 +256,10 @@ CorrectedWeight Correct(const at::Tensor& weight, const at::Tensor& hessian, con
 Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
                                  const at::Tensor& target, const FactoredHessian& train,
                                  const RoundingJudge& judge, const SharedScales& shared,
-                                 DType source, const GptqOptions& options) {
-  PQ_ASSIGN_OR_RETURN(GptqResult gptq, RenderGptq(format, target, train, shared, source, options));
+                                 DType source, const GptqOptions& options,
+                                 const RowFeedback& rows) {
+  PQ_ASSIGN_OR_RETURN(GptqResult gptq,
+                      RenderGptq(format, target, train, shared, source, options, rows));
   StoredTensors rtn = format.Encode(weight, shared, source);
   at::Tensor rtn_decoded = format.Decode(rtn);
   const RoundingError error = judge.ErrorOf(gptq.decoded, weight);

@@ -3,9 +3,9 @@
 
 // GPTQ for one Linear (Frantar et al. 2022, docs/rendering.md): rounds the columns of W in order so
 // that the output error tr(D H D^T), D = W_q - W, is small for the Hessian H = sum_t w_t x_t x_t^T
-// of its inputs. Codes and scales are kept as they are stored; nothing is derived from decoded
-// values. Pure functions; results depend on the number of threads only through the rounding of
-// matrix products.
+// of its inputs; with an output Hessian K too, so that tr(K D H D^T) is. Codes and scales are kept
+// as they are stored; nothing is derived from decoded values. Pure functions; results depend on the
+// number of threads only through the rounding of matrix products.
 
 #include <ATen/core/Tensor.h>
 
@@ -15,6 +15,7 @@
 #include "formats/format.h"
 #include "round/factored_hessian.h"
 #include "round/input_moments.h"
+#include "round/output_hessian.h"
 
 namespace prismaquant {
 
@@ -40,11 +41,12 @@ struct GptqResult {
 FactoredHessian FactorHessian(const Format& format, const at::Tensor& hessian,
                               const GptqOptions& options);
 
-// weight float32 [out, in]; hessian: FactorHessian for the same format and options. The format must
-// have a grid.
+// weight float32 [out, in]; hessian: FactorHessian for the same format and options; rows: of `out`
+// rows, or none. The format must have a grid.
 Result<GptqResult> RenderGptq(const Format& format, const at::Tensor& weight,
                               const FactoredHessian& hessian, const SharedScales& shared,
-                              DType source, const GptqOptions& options);
+                              DType source, const GptqOptions& options,
+                              const RowFeedback& rows = {});
 
 // W + a S, on the way to the unrounded weight whose outputs are nearest to the source's: S = E^T X
 // (X^T X + d I)^-1 of the training inputs X and lacks E, with d the mean of the Hessian's diagonal,
@@ -63,7 +65,8 @@ CorrectedWeight Correct(const at::Tensor& weight, const at::Tensor& hessian, con
 Result<GptqResult> RenderGuarded(const Format& format, const at::Tensor& weight,
                                  const at::Tensor& target, const FactoredHessian& train,
                                  const RoundingJudge& judge, const SharedScales& shared,
-                                 DType source, const GptqOptions& options);
+                                 DType source, const GptqOptions& options,
+                                 const RowFeedback& rows = {});
 
 }  // namespace prismaquant
 

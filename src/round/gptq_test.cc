@@ -250,10 +250,10 @@ class RenderGptqTest : public ::testing::TestWithParam<std::string> {
   void SetUp() override { at::set_num_threads(1); }
   const Format& format() const { return *FindFormat(GetParam()); }
   GptqResult Render(const at::Tensor& weight, const at::Tensor& hessian, GptqOptions options = {},
-                    DType source = DType::kBF16) {
+                    DType source = DType::kBF16, const RowFeedback& rows = {}) {
     Result<GptqResult> result =
         RenderGptq(format(), weight, FactorHessian(format(), hessian, options), ScalesOf(weight),
-                   source, options);
+                   source, options, rows);
     EXPECT_TRUE(result.ok()) << result.status().message();
     const Status checked =
         CheckStored(format(), result->stored, weight.size(0), weight.size(1), source);
@@ -285,6 +285,39 @@ TEST_P(RenderGptqTest, ErrorIsThatOfTheUnblockedRecursion) {
           << in << " columns, scale choice " << choose_scales;
     }
   }
+}
+
+// tr(K D H D^T) for K = 3 I + F F^T, rows rounded one after the other for what those before them
+// left, as the dense factor of K has it.
+TEST_P(RenderGptqTest, RowsMakeUpForEachOther) {
+  const int64_t out = 200, in = 160;
+  const at::Tensor weight = Weight(out, in), hessian = CorrelatedHessian(in);
+  torch::manual_seed(4);
+  const at::Tensor factor = 1.5 * torch::randn({out, 6});
+  const at::Tensor wide = factor.to(at::kDouble);
+  const at::Tensor k = 3 * at::eye(out, at::kDouble) + wide.matmul(wide.t());
+  const auto error = [&](const at::Tensor& decoded) {
+    const at::Tensor d = decoded.to(at::kDouble) - weight.to(at::kDouble);
+    return k.matmul(d).matmul(hessian.to(at::kDouble)).mul(d).sum().item<double>();
+  };
+  const GptqOptions options{.damping = 0.1};
+  const double alone = error(Render(weight, hessian, options, DType::kF32).decoded);
+  const GptqResult result = Render(weight, hessian, options, DType::kF32, RowFeedback(factor));
+  EXPECT_FALSE(result.fell_back);
+
+  const at::Tensor r = at::linalg_cholesky(k.flip({0, 1})).flip({0, 1});
+  Reference reference(format(), true, ScalesOf(weight));
+  at::Tensor rounded = at::empty_like(weight, at::kDouble);
+  const at::Tensor exact = weight.to(at::kDouble);
+  for (int64_t row = 0; row < out; ++row) {
+    const at::Tensor before = r.select(1, row).narrow(0, 0, row) / r[row][row];
+    const at::Tensor lacks = (exact - rounded).narrow(0, 0, row);
+    const at::Tensor aim = exact[row] + before.matmul(lacks);
+    rounded[row] = reference.Round(aim.unsqueeze(0), hessian, options.damping)[0];
+  }
+  const double expected = error(rounded);
+  EXPECT_LT(expected, 0.75 * alone);
+  EXPECT_LT(error(result.decoded), alone - 0.75 * (alone - expected));
 }
 
 TEST_P(RenderGptqTest, BeatsRoundToNearestOnCorrelatedInputs) {

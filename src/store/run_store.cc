@@ -14,7 +14,7 @@ namespace prismaquant {
 namespace {
 
 constexpr char kDatabaseName[] = "run.sqlite";
-constexpr int64_t kSchemaVersion = 3;
+constexpr int64_t kSchemaVersion = 4;
 
 // Of each value in a refusal.
 constexpr size_t kShownCharacters = 16;
