@@ -168,7 +168,9 @@ void RenderFlags::Register(CLI::App& command) {
                   "GPTQ: added to the Hessian's diagonal, relative to its mean")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command.add_option("--hessian", hessian, "GPTQ: tokens weighted by their gradient, or all alike")
+  command
+      .add_option("--hessian", hessian,
+                  "GPTQ: guided by the gradients at the outputs, or all tokens and rows alike")
       ->check(CLI::IsMember({"guided", "plain"}))
       ->capture_default_str();
 }

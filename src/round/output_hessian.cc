@@ -4,8 +4,8 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "formats/extremes.h"
