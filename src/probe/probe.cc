@@ -223,8 +223,8 @@ class ProbePass {
       return errors;
     }
     const at::NoGradGuard no_grad;
-    PQ_ASSIGN_OR_RETURN(Guidance guidance, LoadGuidance(store_, layer));
-    MomentsRunner runner(weights, scales, std::move(guidance.token_weights), pass_.formats);
+    PQ_ASSIGN_OR_RETURN(auto token_weights, LoadTokenWeights(store_, layer));
+    MomentsRunner runner(weights, scales, std::move(token_weights), pass_.formats);
     for (int64_t n = inputs.first(); n < inputs.first() + inputs.count(); ++n) {
       runner.BeginSequence(n);
       RunLayer(block, sequences_.Context(part.part, n), inputs.of(n), runner);
@@ -338,19 +338,22 @@ std::string TokenWeightBlob(int64_t layer) { return fmt::format("token_weight/{}
 
 std::string OutputFactorBlob(int64_t layer) { return fmt::format("output_factor/{}", layer); }
 
-Result<Guidance> LoadGuidance(const RunStore& store, int64_t layer) {
-  Guidance guidance;
-  PQ_ASSIGN_OR_RETURN(const SafetensorsFile weights, store.Blob(TokenWeightBlob(layer)));
-  for (const TensorView& view : weights.tensors()) {
+Result<std::map<std::string, at::Tensor>> LoadTokenWeights(const RunStore& store, int64_t layer) {
+  PQ_ASSIGN_OR_RETURN(const SafetensorsFile blob, store.Blob(TokenWeightBlob(layer)));
+  std::map<std::string, at::Tensor> weights;
+  for (const TensorView& view : blob.tensors()) {
     const at::Tensor squares = TensorFromView(view);
-    guidance.token_weights[view.name] =
+    weights[view.name] =
         (squares / squares.mean().clamp_min(1e-30)).clamp_max(kLargestTokenWeight).clone();
   }
-  PQ_ASSIGN_OR_RETURN(const SafetensorsFile factors, store.Blob(OutputFactorBlob(layer)));
-  for (const TensorView& view : factors.tensors()) {
-    guidance.output_factors[view.name] = TensorFromView(view).clone();
-  }
-  return guidance;
+  return weights;
+}
+
+Result<std::map<std::string, at::Tensor>> LoadOutputFactors(const RunStore& store, int64_t layer) {
+  PQ_ASSIGN_OR_RETURN(const SafetensorsFile blob, store.Blob(OutputFactorBlob(layer)));
+  std::map<std::string, at::Tensor> factors;
+  for (const TensorView& view : blob.tensors()) factors[view.name] = TensorFromView(view).clone();
+  return factors;
 }
 
 LossTokens CountLossTokens(const Model& model, const Calibration& calibration, LabelRule labels) {

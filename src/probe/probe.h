@@ -61,19 +61,15 @@ struct LossTokens {
 LossTokens CountLossTokens(const Model& model, const Calibration& calibration, LabelRule labels);
 
 // What the probe leaves for guided rounding of a layer's Linears but the experts, which see other
-// tokens when the model before them is quantized; a blob each, a tensor per Linear.
+// tokens when the model before them is quantized; a blob each, a tensor per Linear, by its name.
 //
-// |g_t|^2 of its tokens, all sequences joined.
+// |g_t|^2 of its tokens, all sequences joined; loaded as their weights in a Hessian, over their
+// mean and cut at 10.
 std::string TokenWeightBlob(int64_t layer);
+Result<std::map<std::string, at::Tensor>> LoadTokenWeights(const RunStore& store, int64_t layer);
 // What OutputSketch leaves of g_t, bfloat16; none where there was no gradient.
 std::string OutputFactorBlob(int64_t layer);
-
-struct Guidance {
-  // Weights of the tokens in a Hessian: |g_t|^2 over their mean, and cut at 10.
-  std::map<std::string, at::Tensor> token_weights;
-  std::map<std::string, at::Tensor> output_factors;
-};
-Result<Guidance> LoadGuidance(const RunStore& store, int64_t layer);
+Result<std::map<std::string, at::Tensor>> LoadOutputFactors(const RunStore& store, int64_t layer);
 
 }  // namespace prismaquant
 

@@ -134,9 +134,10 @@ LinearStatistics::LinearStatistics(const LinearInfo& linear, const at::Tensor& w
 }
 
 void LinearStatistics::AddTokens(const at::Tensor& x_f32, const at::Tensor& g) {
-  const at::Tensor grad_squares = g.to(at::kFloat).square().sum(-1);
+  const at::Tensor g_f32 = g.to(at::kFloat);
+  const at::Tensor grad_squares = g_f32.square().sum(-1);
   token_weights_.push_back(grad_squares);
-  if (outputs_) outputs_->Add(g);
+  if (outputs_) outputs_->Add(g_f32, grad_squares);
   stats_.tokens += g.size(0);
   stats_.grad_square += grad_squares.sum(at::kDouble).item<double>();
   stats_.fisher_trace += (grad_squares * x_f32.square().sum(-1)).sum(at::kDouble).item<double>();

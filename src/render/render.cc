@@ -182,15 +182,17 @@ class Renderer {
   }
 
   Status LoadGuidanceOf(int layer) {
-    guidance_ = {};
+    token_weights_.clear();
+    output_factors_.clear();
     if (!guided_ || layer == HeadLayer()) return {};
-    PQ_ASSIGN_OR_RETURN(guidance_, LoadGuidance(store_, layer));
+    PQ_ASSIGN_OR_RETURN(token_weights_, LoadTokenWeights(store_, layer));
+    PQ_ASSIGN_OR_RETURN(output_factors_, LoadOutputFactors(store_, layer));
     return {};
   }
 
   RowFeedback FeedbackOf(const std::string& linear) const {
-    const auto factor = guidance_.output_factors.find(linear);
-    return factor == guidance_.output_factors.end() ? RowFeedback() : RowFeedback(factor->second);
+    const auto factor = output_factors_.find(linear);
+    return factor == output_factors_.end() ? RowFeedback() : RowFeedback(factor->second);
   }
 
   // The output projection, of which the probe leaves no guidance; -1 if it is tied.
@@ -347,11 +349,11 @@ class Renderer {
 
   void SplitInputs(const Job& job, RoundingInputs& by) const {
     const std::vector<at::Tensor>& x = job.inputs.For(job.format, job.scales);
-    const auto weights = guidance_.token_weights.find(job.linear.name);
+    const auto weights = token_weights_.find(job.linear.name);
     int64_t first = 0;
     for (size_t n = 0; n < x.size(); ++n) {
       const at::Tensor rows = x[n].reshape({-1, job.linear.in});
-      const at::Tensor token_weights = weights == guidance_.token_weights.end()
+      const at::Tensor token_weights = weights == token_weights_.end()
                                            ? at::Tensor()
                                            : weights->second.narrow(0, first, rows.size(0));
       InputRows& half = IsHeldOut(n, x.size()) ? by.held_out : by.train;
@@ -405,7 +407,7 @@ class Renderer {
   const std::string& key_;
   RunStore& store_;
   bool guided_ = false;
-  Guidance guidance_;  // of the current layer
+  std::map<std::string, at::Tensor> token_weights_, output_factors_;  // of the current layer
 };
 
 }  // namespace

@@ -22,19 +22,17 @@ constexpr int64_t kVectorRows = 16;
 
 }  // namespace
 
-void OutputSketch::Add(const at::Tensor& g) {
+void OutputSketch::Add(const at::Tensor& g, const at::Tensor& squares) {
   if (!probes_.defined()) {
     const int64_t out = g.size(1), columns = std::min(kProbes, out);
     auto generator = at::make_generator<at::CPUGeneratorImpl>(kProbeSeed);
     probes_ = at::randn({out, columns}, generator);
     sketch_ = at::zeros({out, columns});
   }
-  const at::Tensor wide = g.to(at::kFloat);
-  const at::Tensor squares = wide.square().sum(1);
   const at::Tensor counted = at::minimum(squares, squares.mean());
   const at::Tensor weights =
       (counted / squares.clamp_min(std::numeric_limits<float>::min())).sqrt();
-  const at::Tensor rows = wide * weights.unsqueeze(1);
+  const at::Tensor rows = g * weights.unsqueeze(1);
   sketch_.add_(at::matmul(rows.t(), at::matmul(rows, probes_)));
   trace_ += counted.sum(at::kDouble).item<double>();
 }

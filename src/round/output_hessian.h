@@ -20,10 +20,10 @@ class OutputSketch {
  public:
   static constexpr int64_t kProbes = 256, kRank = 32;
 
-  // g [tokens, out] of one sequence, in any float dtype. Its tokens count by v_t = min(1, m /
-  // |g_t|^2), m being the mean of |g_t|^2 over them: a surprising label's gradient is large and
-  // says no more than others.
-  void Add(const at::Tensor& g);
+  // g [tokens, out] of one sequence and |g_t|^2 [tokens], both float32. Its tokens count by v_t =
+  // min(1, m / |g_t|^2), m being the mean of |g_t|^2 over them: a surprising label's gradient is
+  // large and says no more than others.
+  void Add(const at::Tensor& g, const at::Tensor& squares);
 
   // F, float32 [out, min(kRank, out)], F F^T being close to K over the mean of K's diagonal
   // (Tropp et al. 2017, fixed-rank approximation from a streaming sketch). Undefined if there was

@@ -42,7 +42,10 @@ at::Tensor Exact(const std::vector<at::Tensor>& gradients) {
 
 at::Tensor FactorOf(const std::vector<at::Tensor>& gradients) {
   OutputSketch sketch;
-  for (const at::Tensor& g : gradients) sketch.Add(g);
+  for (const at::Tensor& g : gradients) {
+    const at::Tensor wide = g.to(at::kFloat);
+    sketch.Add(wide, wide.square().sum(1));
+  }
   return sketch.Factor();
 }
 
