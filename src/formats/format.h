@@ -29,7 +29,7 @@ using StoredTensors = std::map<std::string, at::Tensor>;
 // What fused siblings share, fixed before any of them is encoded.
 struct SharedScales {
   double weight_amax = 0;  // largest |w| over the fused set
-  double input_amax = 0;   // largest |x| over the calibration; 0 when no activation was seen
+  double input_amax = 0;   // |x| that scales must reach; 0 when no activation was seen
 };
 
 // The grid that GPTQ rounds to: per row, groups of consecutive columns with one scale each.

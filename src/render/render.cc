@@ -256,7 +256,7 @@ class Renderer {
       const LinearInfo& linear = run.linears[i];
       const Format& format = *formats_.at(linear.name);
       const SharedScales scales{.weight_amax = maxima.at(linear.scale_group),
-                                .input_amax = run.inputs.GroupMaximum(linear.input_group)};
+                                .input_amax = run.inputs.GroupRange(linear.input_group, format)};
       PQ_ASSIGN_OR_RETURN(at::Tensor bias, model_.LoadBias(linear));
       if (bias.defined()) bias = bias.to(options_.compute.dtype);
       const at::ScalarType dtype = options_.compute.dtype;
@@ -416,6 +416,7 @@ std::string RenderKey(const FormatChoice& formats, const RenderOptions& options)
   Json json = {{"mode", options.mode == RenderMode::kGptq ? "gptq" : "rtn"},
                {"damping", options.gptq.damping},
                {"choose_scales", options.gptq.choose_scales},
+               {"input_headroom", kLargestHeadroom},
                {"correct", options.correct},
                {"sweep", options.gptq.sweep},
                {"guided", options.guided},

@@ -13,6 +13,7 @@
 #include "io/temporary_folder.h"
 #include "model/tiny_qwen3.h"
 #include "render/render.h"
+#include "render/stage_inputs.h"
 
 namespace prismaquant {
 namespace {
@@ -137,7 +138,7 @@ TEST_F(RenderExpertsTest, GateAndUpAreRoundedForTheExpertsOwnTokens) {
   for (int64_t e = 0; e < kExperts; ++e) {
     const std::string gate = Expert(e) + "gate_proj", up = Expert(e) + "up_proj";
     const SharedScales shared{.weight_amax = std::max(Amax(WeightOf(gate)), Amax(WeightOf(up))),
-                              .input_amax = input_amax};
+                              .input_amax = kLargestHeadroom * input_amax};
     InputRows train, held_out;
     int64_t tokens = 0;
     for (size_t n = 0; n < kWindows; ++n) {

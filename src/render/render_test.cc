@@ -21,6 +21,7 @@
 #include "model/tiny_qwen3.h"
 #include "probe/passes.h"
 #include "probe/probe.h"
+#include "render/stage_inputs.h"
 
 namespace prismaquant {
 namespace {
@@ -190,8 +191,9 @@ class RenderTest : public ::testing::Test {
     const std::vector<at::Tensor> wanted = LayerOneInputs(*source);
     const LinearInfo& linear = Info(kQuery);
     const Format& format = *FindFormat("nvfp4");
-    const SharedScales shared{.weight_amax = UnitAmax(linear.unit),
-                              .input_amax = at::cat(inputs).abs().max().item<double>()};
+    const SharedScales shared{
+        .weight_amax = UnitAmax(linear.unit),
+        .input_amax = kLargestHeadroom * at::cat(inputs).abs().max().item<double>()};
     InputRows train, held_out;
     for (size_t n = 0; n < inputs.size(); ++n) {
       at::Tensor weights;
