@@ -114,7 +114,7 @@ def test_checkpoint_means_what_transformers_reads(case, work, tmp_path):
     assert none == 0 and quantized == len(read) < len(quantized_names)
     kl, top1, ppl = measure(source, model, 2048)
     assert result["evaluation"]["kl"] == pytest.approx(kl, rel=0.02, abs=3e-4)
-    # Embeddings changed by 1e-7 of their size flip codes of activations, and with them the first token of 70 to 80 of the 2044: top-1
+    # Embeddings changed by 1e-7 of their size flip codes of activations, and with them the top-1 token of 70 to 80 positions of the 2044:
     # agreement moves by up to 0.01.
     assert result["evaluation"]["top1"] == pytest.approx(top1, abs=0.015)
     assert result["evaluation"]["ppl"] == pytest.approx(ppl, rel=3e-3)
